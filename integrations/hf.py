@@ -1,0 +1,168 @@
+"""Targeted dropout for the Hugging Face Trainer: one callback.
+
+The callback keeps no state of its own: the step is the Trainer's `global_step`, the masks follow from the weights, the
+seed and the step. So a resumed run continues bit for bit, `restore_callback_states_from_checkpoint` has nothing to
+restore, and checkpoints carry the keys of the plain model.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, Literal
+
+from torch import nn
+
+from td_plugin.contract import Recipe
+from td_plugin.errors import TdError
+from td_plugin.sparsifier import TargetedDropout, attached_sparsifier
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.utils import logging
+except ImportError as error:
+    raise TdError("transformers is not installed", got=error, fix="pip install 'td-plugin[hf]'") from error
+
+logger = logging.get_logger("td_plugin")
+
+# Which callback drives a sparsifier: two of them would draw twice per step. Weak on both sides: a callback holds its
+# sparsifier.
+_DRIVERS: weakref.WeakKeyDictionary[TargetedDropout, weakref.ref[TargetedDropoutCallback]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
+    """Trains with targeted dropout and leaves the model pruned.
+
+    Training forwards sample masks, one draw per micro-batch; evaluation runs the model pruned at the target γ, at any
+    moment of the ramp, so `eval_*` and `load_best_model_at_end` judge what will ship. At the end the mask is baked in:
+    `trainer.save_model()` writes a plain checkpoint, `td_plugin.export.shrink(trainer.model)` makes it smaller.
+
+    A model that the user has prepared already is adopted, with its recipe, γ and seed.
+
+    Args:
+        recipe: which method, from `td_plugin.recipes` or composed.
+        sparsity_level: γ in [0, 1).
+        seed: of the draws.
+        config: as of `TargetedDropout.prepare`: which tensors, with which γ and α; None takes all the recipe can drop.
+        recipe_steps: length of the ramp of a ramping recipe: optimizer steps (int), or the share of the run (float in
+            (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
+        mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
+        eval_mask: ``"pruned"``, or ``"dense"`` to evaluate without masks.
+        squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
+
+    Attributes:
+        sparsifier: the sparsifier, once training has started.
+
+    Raises:
+        TdError: a fraction outside its range or an unknown option, at once; a wrong tensor name or a model with nothing
+            to prune, when training starts.
+
+    Example:
+        >>> trainer = Trainer(..., callbacks=[TargetedDropoutCallback(recipes.ramping_targeted_unit(), 0.75)])
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sparsity_level: float = 0.5,
+        *,
+        seed: int = 0,
+        config: list[dict[str, Any]] | None = None,
+        recipe_steps: float | None = None,
+        mask_every: Literal["micro_batch", "step"] = "micro_batch",
+        eval_mask: Literal["pruned", "dense"] = "pruned",
+        squash: bool = True,
+    ) -> None:
+        length = 1.0 if recipe_steps is None else recipe_steps
+        if isinstance(length, bool) or length <= 0 or (isinstance(length, float) and length > 1):
+            raise TdError(
+                "recipe_steps must be a number of steps (int) or a share of the run in (0, 1]",
+                got=recipe_steps,
+                fix="None ramps over the whole run",
+            )
+        if mask_every not in ("micro_batch", "step"):
+            raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
+        self._new = lambda: TargetedDropout(recipe, sparsity_level, seed=seed, eval_mask=eval_mask)
+        self._new()  # a wrong γ is said now, not hours later
+        self._config, self._length, self._squash = config, length, squash
+        self._redraws = mask_every == "micro_batch"
+        self.sparsifier: TargetedDropout | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
+        sparsifier = attached_sparsifier(model)
+        if sparsifier is None:
+            sparsifier = self._new()
+            sparsifier.prepare(model, self._config)
+        elif sparsifier in _DRIVERS and _DRIVERS[sparsifier]() not in (self, None):
+            raise TdError("two TargetedDropoutCallbacks drive one model", where=type(model).__name__, fix="keep one")
+        _DRIVERS[sparsifier] = weakref.ref(self)
+        self.sparsifier = sparsifier
+        sparsifier.evaluate_at_target()
+        self._set_progress(state)
+        report = sparsifier.report()
+        logger.info(f"targeted dropout on {len(report.rows)} targets, {len(report.skipped)} tensors left alone\n{report}")
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Rank and draw for the first micro-batch."""
+        sparsifier = self._active()
+        self._set_progress(state)
+        sparsifier.step_count = state.global_step
+        sparsifier.step()
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw for the next micro-batch; its predecessor's backward is done."""
+        if self._redraws:
+            self._active().redraw()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add γ, α and the sparsity of the model as it would ship to the training logs."""
+        if logs is None or self.sparsifier is None or not self.sparsifier.groups or "loss" not in logs:
+            return
+        groups = self.sparsifier.groups
+        values = {
+            "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
+            "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
+            "td_sparsity": self.sparsifier.report().sparsity,
+        }
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)  # the Trainer has copied `logs` there before this event
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Bake the deterministic masks in; the best checkpoint, if asked for, has been loaded by now."""
+        sparsifier = self._active()
+        sparsifier.set_progress(1.0)
+        report = sparsifier.report()
+        logger.info(f"targeted dropout zeroed {report.sparsity:.1%} of {report.elements:,} targeted scalars\n{report}")
+        if self._squash:
+            sparsifier.squash_mask()
+
+    def _set_progress(self, state: TrainerState) -> None:
+        steps = self._length if isinstance(self._length, int) else math.ceil(self._length * state.max_steps)
+        self._active().set_progress(state.global_step / max(steps, 1))
+
+    def _active(self) -> TargetedDropout:
+        if self.sparsifier is None or not self.sparsifier.groups:
+            raise TdError(
+                "the callback has no masked model",
+                got="masks were squashed while training" if self.sparsifier else "training has not begun",
+                fix="squash after training only",
+            )
+        return self.sparsifier
+
+

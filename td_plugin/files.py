@@ -1,0 +1,83 @@
+"""Files that are either whole or absent: everything is written beside its destination, then moved into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from td_plugin.contract import TdError
+
+
+def _parent(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TdError(
+            "the output directory cannot be created", where=str(target.parent), got=error, fix="choose a writable path"
+        ) from error
+    return target.parent
+
+
+def _stage(target: Path) -> Path:
+    parent = _parent(target)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
+    except OSError as error:
+        raise TdError(
+            "the output directory cannot be written", where=str(parent), got=error, fix="choose a writable path"
+        ) from error
+
+
+@contextmanager
+def staged_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path in a fresh folder beside `target`; on a clean exit the file is moved over `target`.
+
+    The yielded path has the target's name, so writers that record their own file name stay right. On any exception
+    the staging folder is removed and `target` is left exactly as it was.
+
+    Raises:
+        TdError: the folder cannot be created or written, or `target` is a directory.
+    """
+    path = Path(target)
+    if path.is_dir():
+        raise TdError("a file is to be written but a directory is there", where=str(path), fix="name a file in it")
+    stage = _stage(path)
+    try:
+        yield stage / path.name
+        os.replace(stage / path.name, path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a fresh folder beside `target`; on a clean exit its files are moved into `target`.
+
+    A new `target` appears in one rename. In an existing one each file is replaced by one rename, other files stay.
+    On any exception nothing of `target` has changed.
+
+    Raises:
+        TdError: the parent cannot be written, or `target` is a file.
+    """
+    path = Path(target)
+    if path.exists() and not path.is_dir():
+        raise TdError("a directory is to be written but a file is there", where=str(path), fix="choose another path")
+    stage = _stage(path)
+    try:
+        yield stage
+        if not path.exists():
+            stage.chmod(0o755)  # mkdtemp makes it private
+            stage.rename(path)
+            return
+        if not os.access(path, os.W_OK):
+            raise TdError("the output directory cannot be written", where=str(path), fix="choose a writable path")
+        for item in sorted(p for p in stage.rglob("*") if p.is_file()):
+            place = path / item.relative_to(stage)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(item, place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""The mask on a tensor: reading ``module.weight`` gives the masked value, everything else stays the plain module.
+
+`torch.nn.utils.parametrize` moves the parameter (its keys in every checkpoint change, the optimizer's order changes)
+and deletes a property from a class that deep copies share. Here a masked module's class is swapped for a subclass
+whose ``weight`` is a property over the untouched ``_parameters["weight"]``: names, order and identity of the
+parameters, `state_dict`, strict loads, `tie_weights` and deep copies are those of the unmodified module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from td_plugin.errors import TdError
+
+_STATE = "_td_masks"
+
+
+class MaskSource(Protocol):
+    """Where a mask comes from: the target that ranks the groups of one or several tensors together."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether masks are switched off, in training and in evaluation."""
+        ...
+
+    @property
+    def dense_eval(self) -> bool:
+        """Whether evaluation runs the dense model."""
+        ...
+
+    def settle(self) -> int:
+        """Bring the deterministic candidates up to date with the weights; a number that changes when they do."""
+        ...
+
+    def expire(self) -> None:
+        """Forget that the candidates are up to date: weights may change from here on."""
+        ...
+
+    def keep_mask(self, mask: Mask) -> Tensor:
+        """The deterministic keep-mask of one tensor, broadcastable to it."""
+        ...
+
+
+class Mask:
+    """The mask of one tensor.
+
+    Attributes:
+        source: the target it belongs to.
+        fqn: fully qualified name of the tensor.
+        dim: the dimension that units or output rows occupy.
+        span: entries per unit along `dim`.
+        keep: what this training step keeps, bool, broadcastable to the tensor; None before the first draw. It is
+            replaced, never edited: the graph of an earlier forward still holds the old one.
+    """
+
+    def __init__(self, source: MaskSource, fqn: str, dim: int, span: int = 1) -> None:
+        self.source, self.fqn, self.dim, self.span = source, fqn, dim, span
+        self.keep: Tensor | None = None
+        self._eval_keep: Tensor | None = None
+        self._cached: Tensor | None = None
+        self._cache_key: tuple[object, ...] = ()
+
+    def apply(self, dense: Tensor, training: bool) -> Tensor:
+        """The value the layer computes with, ``[*w]``; the gradient of a dropped entry is zero."""
+        if self.source.dense or (not training and self.source.dense_eval):
+            return dense
+        if training:
+            return dense if self.keep is None else _select(self.keep, dense)
+        if torch.compiler.is_compiling():
+            # Settled by `train(False)`, outside the graph.
+            return dense if self._eval_keep is None else _select(self._eval_keep, dense)
+        return self._shipped(dense)
+
+    def _shipped(self, dense: Tensor) -> Tensor:
+        key = (self.source.settle(), dense.data_ptr(), dense.dtype, dense.device)
+        if key != self._cache_key or self._eval_keep is None:
+            self._eval_keep, self._cache_key, self._cached = self.source.keep_mask(self), key, None
+        if torch.is_grad_enabled():
+            return _select(self._eval_keep, dense)
+        if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
+            self._cached = _select(self._eval_keep, dense)  # materialised once, so `generate` pays nothing per token
+        return self._cached
+
+    def train(self) -> None:
+        """Enter training: the weights will change, so nothing derived from them may be reused."""
+        self.source.expire()
+        self._cached, self._cache_key = None, ()
+
+    def evaluate(self, dense: Tensor) -> None:
+        """Enter evaluation: settle the mask now, so that a compiled forward finds it ready."""
+        if not (self.source.dense or self.source.dense_eval or dense.is_meta):
+            self._shipped(dense.detach())
+
+
+def _select(keep: Tensor, dense: Tensor) -> Tensor:
+    return torch.where(keep.to(dense.device), dense, dense.new_zeros(()))
+
+
+class _ModuleMasks:
+    """What one masked module carries besides its own attributes."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Mask] = {}
+        self.inside_forward = 0
+
+
+class MaskedView(Tensor):
+    """A masked value read from outside its layer's forward. Editing it in place is an error: the edit would be lost."""
+
+    td_fqn: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse in-place operations on a view; everything else gives what a plain tensor gives."""
+        kwargs = kwargs or {}
+        name = func.__name__
+        edits = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        edited = kwargs.get("out", args[0] if edits and args else None)
+        if isinstance(edited, cls):
+            raise TdError(
+                "an in-place edit of the masked value would be lost",
+                where=edited.td_fqn,
+                got=name,
+                fix="edit inside `with sparsifier.dense():`, or edit the parameter from `named_parameters()`",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        source = next((a for a in args if isinstance(a, cls)), None)
+        if type(result) is cls or (source is not None and _shares_storage(result, source)):
+            return _view(result.as_subclass(Tensor), "" if source is None else source.td_fqn)
+        return result
+
+
+def _shares_storage(result: object, source: Tensor) -> bool:
+    if not isinstance(result, Tensor) or result.is_sparse or result.is_meta or source.is_meta:
+        return False
+    return result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def _view(value: Tensor, fqn: str) -> MaskedView:
+    with torch._C.DisableTorchFunctionSubclass():
+        view = value.as_subclass(MaskedView)
+    view.td_fqn = fqn
+    return view
+
+
+def _property(name: str) -> property:
+    def read(module: nn.Module) -> Tensor | None:
+        masks: _ModuleMasks = module.__dict__[_STATE]
+        dense = module._parameters[name]
+        if dense is None:
+            return None
+        value = masks.by_name[name].apply(dense, module.training)
+        if value is dense or masks.inside_forward or torch.compiler.is_compiling():
+            return value
+        return _view(value, masks.by_name[name].fqn)
+
+    return property(read)
+
+
+@lru_cache(maxsize=None)
+def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of `base` that reads `names` through their masks."""
+
+    @wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
+        masks: _ModuleMasks = self.__dict__[_STATE]
+        masks.inside_forward += 1
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            masks.inside_forward -= 1
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        base.train(self, mode)
+        for name, mask in self.__dict__[_STATE].by_name.items():
+            dense = self._parameters[name]
+            if mode:
+                mask.train()
+            elif dense is not None:
+                mask.evaluate(dense)
+        return self
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (base, names), self.__dict__
+
+    body = {"forward": forward, "train": train, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    return type(f"Masked{base.__name__}", (base,), {**body, **{name: _property(name) for name in names}})
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(base, names)
+    return cls.__new__(cls)
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    return type(module).__mro__[1] if _STATE in module.__dict__ else type(module)
+
+
+def attach(module: nn.Module, name: str, mask: Mask) -> None:
+    """Put `mask` on the parameter `name` of `module`. Parameter, keys and order do not change."""
+    base = _original_class(module)
+    masks: _ModuleMasks = module.__dict__.setdefault(_STATE, _ModuleMasks())
+    masks.by_name[name] = mask
+    module.__class__ = _masked_class(base, tuple(sorted(masks.by_name)))
+
+
+def detach(module: nn.Module) -> None:
+    """Take all masks off `module` and give it back its class; parameters keep their dense values."""
+    module.__class__ = _original_class(module)
+    del module.__dict__[_STATE]
+
+
+def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, Mask]]:
+    """Every mask in `model`, as (module, parameter name, mask)."""
+    return [
+        (module, name, mask)
+        for module in model.modules()
+        if _STATE in module.__dict__
+        for name, mask in module.__dict__[_STATE].by_name.items()
+    ]
+
+
+def masked_tensors(model: nn.Module) -> list[str]:
+    """The fully qualified names of the tensors that carry a mask."""
+    return [mask.fqn for _, _, mask in masks_of(model)]
+
+
+def bake(model: nn.Module) -> int:
+    """Zero what the deterministic masks drop, in place, and remove every trace of the masks.
+
+    Args:
+        model: masked or not, in any mode.
+
+    Returns:
+        the number of tensors that carried a mask.
+
+    Raises:
+        TdError: a ranked weight is not finite; nothing has been changed then.
+    """
+    found = masks_of(model)
+    for _, _, mask in found:
+        mask.train()  # in-place edits through `.data` leave no other sign
+    # All masks first: zeroing one tensor changes the ranking that others share.
+    keeps = []
+    for _, _, mask in found:
+        mask.source.settle()
+        keeps.append(mask.source.keep_mask(mask))
+    with torch.no_grad():
+        for (module, name, _), keep in zip(found, keeps, strict=True):
+            dense = module._parameters[name]
+            if dense is not None:
+                dense.masked_fill_(~keep.to(dense.device), 0)
+    for module in {id(module): module for module, _, _ in found}.values():
+        detach(module)
+    return len(found)

@@ -1,0 +1,194 @@
+"""Which tensors of a model take part, and why the others do not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from td_plugin.contract import Recipe, check_fraction
+from td_plugin.errors import TdError
+from td_plugin.structure import Slice, UnitGroup, refused_groups, unit_groups
+
+_EMBEDDING = re.compile(r"(^|[._])(embed(ding|dings|s)?|patch_embed(ding|dings)?|wte|wpe)([._]|$)", re.IGNORECASE)
+_CONFIG_KEYS = ("tensor_fqn", "sparsity_level", "drop_rate")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One target to be: the slices to rank, those silenced with them, and the user's overrides."""
+
+    ranked: tuple[Slice, ...]
+    carried: tuple[Slice, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Ranked ones first."""
+        return self.ranked + self.carried
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and per skipped tensor the reason."""
+
+    choices: list[Choice]
+    skipped: dict[str, str]
+
+
+def fqn(slice_: Slice) -> str:
+    """Fully qualified tensor name."""
+    return f"{slice_.module}.{slice_.tensor}" if slice_.module else slice_.tensor
+
+
+def _output_dim(module: nn.Module) -> int | None:
+    """The dimension of `module.weight` that holds its outputs; None for a layer we do not prune by default."""
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        return 0
+    transformers = sys.modules.get("transformers.pytorch_utils")  # never imported here: nobody has a Conv1D without it
+    if transformers is not None and isinstance(module, transformers.Conv1D):
+        return 1
+    return None
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """The prunable layers by name, in registration order, with their output dimension."""
+    layers = {}
+    for name, module in model.named_modules():
+        dim = _output_dim(module)
+        if dim is not None:
+            layers[name] = (module, dim)
+    return layers
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The ids of parameters that more than one module holds (tied weights)."""
+    return {i for i, n in Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)).items() if n > 1}
+
+
+def _skip_reason(name: str, module: nn.Module, shared: set[int], logits: str | None) -> str | None:
+    if "weight" not in module._parameters:
+        return "its weight is already parametrized by something else"
+    if id(module._parameters["weight"]) in shared:
+        return "tied: the same parameter serves another module"
+    if _EMBEDDING.search(name):
+        return "embedding"
+    if name == logits:
+        return "makes the logits"
+    return None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"nearest: {match[0]!r}" if match else "the model has no parameters"
+
+
+def _all_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _defaults(model: nn.Module, recipe: Recipe) -> Selection:
+    """Everything the recipe can drop: `config=None`."""
+    layers, shared = _layers(model), _shared(model)
+    logits = next(reversed(layers), None)
+    reasons = {name: _skip_reason(name, module, shared, logits) for name, (module, _) in layers.items()}
+    skipped = {f"{name}.weight".lstrip("."): reason for name, reason in reasons.items() if reason}
+    free = {name: layer for name, layer in layers.items() if reasons[name] is None}
+    if not recipe.granularity.kinds:
+        return Selection([Choice((Slice(name, "weight", dim),)) for name, (_, dim) in free.items()], skipped)
+    groups, refused = unit_groups(model), refused_groups(model)
+    if not groups and not refused:
+        return Selection([_whole_layer(name, *layer) for name, layer in free.items()], skipped)
+    choices = []
+    for group in groups:
+        tied = any(id(_parameter(model, s)) in shared for s in group.ranked + group.carried)
+        if group.kind in recipe.granularity.kinds and not tied:
+            choices.append(Choice(group.ranked, group.carried))
+    chosen = {fqn(s) for choice in choices for s in choice.ranked}
+    for name in free:
+        tensor = f"{name}.weight".lstrip(".")
+        if tensor not in chosen:
+            skipped[tensor] = refused.get(name, "its outputs are not units that can be removed, or not of this kind")
+    return Selection(choices, skipped)
+
+
+def _parameter(model: nn.Module, slice_: Slice) -> nn.Parameter | None:
+    return model.get_submodule(slice_.module)._parameters[slice_.tensor]
+
+
+def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
+    """Every output of one layer as a unit: weight row and bias."""
+    bias = (Slice(name, "bias", 0),) if module._parameters.get("bias") is not None else ()
+    return Choice((Slice(name, "weight", dim),), bias)
+
+
+def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list[UnitGroup]) -> Choice:
+    """The target that one entry of the user's config asks for."""
+    unknown = sorted(set(entry) - set(_CONFIG_KEYS))
+    if unknown:
+        raise TdError("unknown key in the config", where=str(entry.get("tensor_fqn", "")), got=unknown, fix=_nearest(unknown[0], _CONFIG_KEYS))
+    if "tensor_fqn" not in entry:
+        raise TdError("a config entry names no tensor", got=entry, fix="add 'tensor_fqn', for example 'encoder.0.weight'")
+    name, known = str(entry["tensor_fqn"]), _all_names(model)
+    if name not in known:
+        raise TdError("the model has no such parameter", where=name, fix=_nearest(name, known))
+    if id(known[name]) in _shared(model):
+        raise TdError("the tensor is tied: the same parameter serves another module", where=name, fix="leave it out, or untie it first")
+    if known[name].dim() < 2 or not known[name].is_floating_point():
+        raise TdError("only floating-point weights of two or more dimensions are ranked", where=name, got=f"{known[name].dtype} {tuple(known[name].shape)}", fix="name a weight matrix; biases follow their units")
+    overrides = {key: check_fraction(entry[key], key, where=name) for key in _CONFIG_KEYS[1:] if key in entry}
+    module_name, _, tensor = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    dim = _output_dim(module) or 0
+    if not recipe.granularity.kinds:
+        return Choice((Slice(module_name, tensor, dim),), (), overrides)
+    for group in groups:
+        if name in (fqn(s) for s in group.ranked):
+            return Choice(group.ranked, group.carried, overrides)
+    whole = _whole_layer(module_name, module, dim)
+    return Choice((Slice(module_name, tensor, dim),), whole.carried, overrides)
+
+
+def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None) -> Selection:
+    """Choose the targets.
+
+    With `config=None`: for a weight recipe every Linear, Conv1d, Conv2d and HF Conv1D weight (subclasses too) but for
+    embeddings, tied weights and the last layer, which makes the logits. For a unit recipe the units `unit_groups`
+    finds; where it knows nothing of the model, the outputs of those same layers.
+
+    Args:
+        model: not prepared yet.
+        recipe: decides between weights and units.
+        config: torch.ao's list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, or None. With a
+            unit recipe any weight of a unit names the whole of it (`query.weight` the heads).
+
+    Returns:
+        the choices in the model's order and the tensors skipped, with reasons.
+
+    Raises:
+        TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor asked for twice; nothing to prune.
+    """
+    if config is None:
+        selection = _defaults(model, recipe)
+    else:
+        groups = unit_groups(model) if recipe.granularity.kinds else []
+        selection = Selection([_named(model, recipe, entry, groups) for entry in config], {})
+    if not selection.choices:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:8])
+        raise TdError(
+            f"nothing to prune in {type(model).__name__}",
+            got=reasons or "no Linear, Conv1d, Conv2d or Conv1D layer",
+            fix='name a tensor: config=[{"tensor_fqn": "..."}]',
+        )
+    taken: set[str] = set()
+    for name in (fqn(s) for choice in selection.choices for s in choice.slices):
+        if name in taken:
+            raise TdError("a tensor is asked for twice", where=name, fix="name every tensor, or every unit, once")
+        taken.add(name)
+    return selection

@@ -1,0 +1,361 @@
+"""TargetedDropout: the sparsifier. It owns when and how many; the recipe owns which."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
+
+from td_plugin.contract import Recipe, check_fraction
+from td_plugin.errors import TdError
+from td_plugin.parametrization import bake, masked_tensors, masks_of
+from td_plugin.report import SparsityReport, SparsityRow
+from td_plugin.selection import Choice, Selection, fqn, select
+from td_plugin.target import Member, Switches, Target
+
+_LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
+
+
+class TargetedDropout(BaseSparsifier):
+    """Training that expects to be pruned (Gomez et al., arXiv 1905.13678).
+
+    In a training forward the least important γ of every pool are candidates and each is dropped with probability α; in
+    evaluation all candidates are dropped, so what is evaluated is what `squash_mask` leaves and `shrink` ships. Call
+    `step()` before each training forward (or once per optimizer step, and `redraw()` before the further micro-batches).
+
+    Names, order and identity of the parameters and the keys of `model.state_dict()` do not change, so optimizers and
+    checkpoints made before or after `prepare` fit. Masks are derived from the dense weights; the only state is the step.
+
+    Args:
+        recipe: which method, from `td_plugin.recipes` or composed.
+        sparsity_level: γ in [0, 1), of every pool unless the config of `prepare` says otherwise.
+        seed: of the draws.
+        eval_mask: ``"pruned"``: evaluation drops all candidates. ``"dense"``: evaluation drops nothing.
+
+    Raises:
+        TdError: γ outside [0, 1), or an unknown `eval_mask`.
+
+    Example:
+        >>> sparsifier = TargetedDropout(recipes.targeted_weight(), sparsity_level=0.75)
+        >>> sparsifier.prepare(model)
+        >>> for batch in loader:
+        ...     sparsifier.step()
+        ...     train_on(batch)
+        >>> sparsifier.squash_mask()
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sparsity_level: float = 0.5,
+        *,
+        seed: int = 0,
+        eval_mask: Literal["pruned", "dense"] = "pruned",
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
+        if eval_mask not in ("pruned", "dense"):
+            raise TdError("unknown eval_mask", got=eval_mask, fix="'pruned' or 'dense'")
+        level = check_fraction(sparsity_level, "sparsity_level (γ)")
+        self._switches = Switches(seed=seed, dense_eval=eval_mask == "dense")
+        self._targets: list[Target] = []
+        self._skipped: dict[str, str] = {}
+        self._final_report: SparsityReport | None = None
+        self._driven = False
+        self.model: nn.Module | None = None
+        self.recipe = recipe
+        self.step_count = 0
+        self.micro_step = 0
+        super().__init__({"sparsity_level": level, "drop_rate": recipe.drop_rate})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A torch.ao scheduler replaces `step` by a wrapper tied to this very object: a copy must not carry it.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._claim()
+
+    def __repr__(self) -> str:
+        prepared = f"{len(self.groups)} targets" if self.groups else "not prepared"
+        return f"TargetedDropout({self.recipe.name}, {self.defaults}, step={self.step_count}, {prepared})"
+
+    @property
+    def seed(self) -> int:
+        """Of the draws."""
+        return self._switches.seed
+
+    @property
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """torch.ao's view: fully qualified tensor name -> ``{"mask": ...}``, the deterministic keep-mask, fresh."""
+        return {
+            mask.fqn: {"mask": mask.source.keep_mask(mask).expand(member.parameter.shape)}
+            for target in self._targets
+            for member, mask in zip(target.members, target.masks, strict=True)
+        }
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        """Masks are derived from the weights, so nothing is stored; the base class assigns an empty dict."""
+        if value:
+            raise TdError("masks are derived from the weights and cannot be assigned", fix="use load_state_dict")
+
+    def prepare(self, model: nn.Module, config: list[dict[str, Any]] | None = None) -> None:
+        """Choose the targets and put masks on them, in place. Nothing is dropped before the first `step()`.
+
+        Args:
+            model: any module; its parameters keep their names, order and identity.
+            config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional; None
+                takes all the recipe can drop (`td_plugin.selection.select` says what is left out).
+
+        Raises:
+            TdError: a second `prepare`, a model that carries masks already, a wrong name, nothing to prune.
+        """
+        if self.groups:
+            raise TdError("prepare() was called before", got=f"{len(self.groups)} targets", fix="squash_mask() first")
+        if found := masked_tensors(model):
+            raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
+        selection: Selection = select(model, self.recipe, config)
+        self.model, self._skipped, self._final_report = model, selection.skipped, None
+        self.config = config
+        for choice in selection.choices:
+            self._targets.append(self._target(model, choice))
+        self.groups = [target.config for target in self._targets]
+        self._claim()
+
+    def _target(self, model: nn.Module, choice: Choice) -> Target:
+        members = [
+            Member(model.get_submodule(s.module), s, ranked)
+            for slices, ranked in ((choice.ranked, True), (choice.carried, False))
+            for s in slices
+        ]
+        first = choice.ranked[0]
+        levels = {**self.defaults, **choice.overrides}
+        config = {
+            "module": members[0].module,
+            "module_fqn": first.module,
+            "tensor_name": first.tensor,
+            "tensor_fqn": fqn(first),
+            "sparsity_level": levels["sparsity_level"],
+            "drop_rate": levels["drop_rate"],
+            "target_sparsity_level": levels["sparsity_level"],
+            "target_drop_rate": levels["drop_rate"],
+            "eval_sparsity_level": None,
+        }
+        return Target(self.recipe, config, members, self._switches)
+
+    def _claim(self) -> None:
+        for target in self._targets:
+            target.owner = weakref.ref(self)
+
+    def _require_prepared(self) -> None:
+        if not self.groups:
+            raise TdError("the sparsifier has no model", fix="call prepare(model) first")
+
+    def step(self, use_path: bool = True) -> None:
+        """Rank the weights anew and draw this step's masks. Call it before the forward.
+
+        Args:
+            use_path: unused; torch.ao's signature.
+
+        Raises:
+            TdError: not prepared, a γ or α outside [0, 1) (a scheduler may set one), weights with NaN.
+        """
+        self._require_prepared()
+        if not self.enable_mask_update:
+            return
+        # A torch.ao scheduler leaves its own step counter on the sparsifier it drives.
+        if self.recipe.ramps and not self._driven and "_step_count" not in self.__dict__ and self.step_count == 1:
+            warnings.warn(
+                f"recipe {self.recipe.name!r} ramps, but nothing drives it: γ and α stay at their targets; "
+                "use TargetedDropoutScheduler, TargetedDropoutCallback or set_progress()",
+                stacklevel=2,
+            )
+        self.micro_step = 0
+        for target in self._targets:
+            self.update_mask(target=target, **target.config)
+        self.step_count += 1
+
+    def update_mask(self, module: nn.Module, tensor_name: str, target: Target, **config: Any) -> None:  # type: ignore[override]
+        """Rank and draw one target; torch.ao's hook, called by `step()` with the group's config."""
+        target.draw(self.step_count, self.micro_step, fresh=True)
+
+    def redraw(self) -> None:
+        """Draw anew within the current step, for the next micro-batch: the weights, so the candidates, are the same.
+
+        Raises:
+            TdError: not prepared, or `step()` was never called.
+        """
+        self._require_prepared()
+        if self.step_count == 0:
+            raise TdError("redraw() before the first step()", fix="call step() before the first forward")
+        self.micro_step += 1
+        for target in self._targets:
+            target.draw(self.step_count - 1, self.micro_step, fresh=False)
+
+    def set_progress(self, progress: float) -> None:
+        """Set γ and α of every group to what the recipe's schedules say at this share of the ramp.
+
+        Args:
+            progress: share of the ramp that is done; clamped to [0, 1].
+        """
+        self._driven = True
+        time = min(max(progress, 0.0), 1.0)
+        for group in self.groups:
+            group["sparsity_level"] = group["target_sparsity_level"] * self.recipe.sparsity_schedule(time)
+            group["drop_rate"] = group["target_drop_rate"] * self.recipe.drop_schedule(time)
+
+    def evaluate_at_target(self) -> None:
+        """From here on evaluation and `squash_mask` use the target γ, not what a ramp is at: what will ship is judged."""
+        for group in self.groups:
+            group["eval_sparsity_level"] = group["target_sparsity_level"]
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Switch all masks off inside the block: forwards are dense, and in-place edits reach the parameters."""
+        before, self._switches.dense = self._switches.dense, True
+        try:
+            yield
+        finally:
+            self._switches.dense = before
+
+    def squash_mask(  # type: ignore[override]
+        self,
+        params_to_keep: tuple[str, ...] | None = None,
+        params_to_keep_per_layer: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Zero what the deterministic mask drops, never a sample, and give every module its class back. Idempotent.
+
+        Args:
+            params_to_keep: torch.ao's: keys of the group's config to leave on the module as `sparse_params`.
+            params_to_keep_per_layer: the same by module name.
+
+        Raises:
+            TdError: an unknown key; weights with NaN. The model is unchanged then.
+        """
+        if self.model is None or not self.groups:
+            return
+        kept = [(group, self._kept_params(group, params_to_keep, params_to_keep_per_layer)) for group in self.groups]
+        report = self.report()
+        bake(self.model)
+        for group, values in kept:
+            if values:
+                group["module"].sparse_params = values
+        self._final_report, self.groups, self._targets = report, [], []
+        if report.zeros == 0:
+            warnings.warn(
+                "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level", stacklevel=2
+            )
+
+    @staticmethod
+    def _kept_params(
+        group: dict[str, Any], everywhere: tuple[str, ...] | None, per_layer: dict[str, tuple[str, ...]] | None
+    ) -> dict[str, Any]:
+        keys = (*(everywhere or ()), *(per_layer or {}).get(group["module_fqn"], ()))
+        if unknown := [key for key in keys if key not in group]:
+            raise TdError("no such key in the group", where=group["tensor_fqn"], got=unknown, fix=f"one of {sorted(group)}")
+        return {key: group[key] for key in keys}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot of plain numbers and strings, JSON-able: the step, the seed and every group's γ and α.
+
+        The masks are not in it: they follow from the weights, the step and the seed.
+        """
+        return {
+            "version": 1,
+            "recipe": self.recipe.name,
+            "seed": self._switches.seed,
+            "step_count": self.step_count,
+            "micro_step": self.micro_step,
+            "groups": [{key: group[key] for key in ("tensor_fqn", *_LEVELS)} for group in self.groups],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Go on where `state_dict()` was taken. Load the model's weights first: the masks are drawn from them.
+
+        Args:
+            state_dict: left unchanged.
+            strict: raise when the groups differ; otherwise those in common are loaded and the others named in a warning.
+
+        Raises:
+            TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
+        """
+        self._require_prepared()
+        if not isinstance(state_dict, dict) or not {"version", "step_count", "seed", "groups"} <= set(state_dict):
+            raise TdError("not a state of TargetedDropout", got=sorted(state_dict), fix="pass what state_dict() returned")
+        saved = {group["tensor_fqn"]: group for group in state_dict["groups"]}
+        here = {group["tensor_fqn"]: group for group in self.groups}
+        if state_dict["recipe"] != self.recipe.name or set(saved) != set(here):
+            differing = sorted(set(saved) ^ set(here))
+            problem = TdError(
+                "the state belongs to another set-up",
+                where=", ".join(differing[:4]),
+                got=f"recipe {state_dict['recipe']!r}, here {self.recipe.name!r}",
+                fix="prepare with the same recipe and config, or load with strict=False",
+            )
+            if strict:
+                raise problem
+            warnings.warn(str(problem), stacklevel=2)
+        for name in set(saved) & set(here):
+            here[name].update({key: saved[name][key] for key in _LEVELS})
+        self._switches.seed = int(state_dict["seed"])
+        self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
+        if self.step_count:
+            for target in self._targets:
+                target.draw(self.step_count - 1, self.micro_step, fresh=True)
+
+    def report(self) -> SparsityReport:
+        """What the deterministic masks drop, per target and in total; after `squash_mask` the last one.
+
+        Raises:
+            TdError: never prepared.
+        """
+        if self._final_report is not None and not self.groups:
+            return self._final_report
+        self._require_prepared()
+        rows = tuple(self._row(target) for target in self._targets)
+        return SparsityReport(self.recipe.name, self.step_count, rows, dict(self._skipped))
+
+    def _row(self, target: Target) -> SparsityRow:
+        dropped, groups = target.dropped()
+        sizes = [m.parameter.numel() for m in target.members]
+        # A mask of one entry per unit stands for equally many scalars each.
+        zeros = sum(
+            int((~(keep := target.keep_mask(mask))).sum()) * size // keep.numel()
+            for mask, size in zip(target.masks, sizes, strict=True)
+        )
+        return SparsityRow(
+            target.name,
+            "units" if self.recipe.granularity.kinds else "weights",
+            groups,
+            dropped,
+            sum(sizes),
+            zeros,
+            target.config["sparsity_level"],
+            target.config["drop_rate"],
+        )
+
+
+def attached_sparsifier(model: nn.Module) -> TargetedDropout | None:
+    """The sparsifier whose masks `model` carries; None if it carries none.
+
+    Raises:
+        TdError: it carries masks whose sparsifier is gone, or belongs to another model.
+    """
+    found = masks_of(model)
+    if not found:
+        return None
+    source = found[0][2].source
+    owner = source.owner() if isinstance(source, Target) and source.owner is not None else None
+    if not isinstance(owner, TargetedDropout) or owner.model is not model:
+        raise TdError(
+            "the model carries masks of a sparsifier that is gone or belongs to another model",
+            where=found[0][2].fqn,
+            fix="keep the sparsifier alive, or bake the masks with td_plugin.parametrization.bake(model)",
+        )
+    return owner

@@ -1,0 +1,172 @@
+"""A target: the tensors whose groups are ranked, dropped and kept together; one entry of `sparsifier.groups`."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from td_plugin.contract import Evidence, Recipe, check_fraction
+from td_plugin.errors import TdError
+from td_plugin.masks import bottom_k, draw, draw_key
+from td_plugin.parametrization import Mask, attach
+from td_plugin.structure import Slice
+
+
+@dataclass
+class Switches:
+    """What all targets of one sparsifier share; plain flags, so that a deep copy of the model keeps its own."""
+
+    seed: int = 0
+    dense: bool = False
+    dense_eval: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a target.
+
+    Attributes:
+        module: the module that holds it.
+        slice: its name and the dimension its groups occupy.
+        ranked: whether it takes part in the ranking; biases and norms do not.
+    """
+
+    module: nn.Module
+    slice: Slice
+    ranked: bool
+
+    @property
+    def fqn(self) -> str:
+        """Fully qualified tensor name."""
+        return f"{self.slice.module}.{self.slice.tensor}" if self.slice.module else self.slice.tensor
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The dense tensor."""
+        parameter = self.module._parameters[self.slice.tensor]
+        if parameter is None:
+            raise TdError("a masked parameter has been removed from its module", where=self.fqn, fix="squash first")
+        return parameter
+
+
+class Target:
+    """Ranks the groups of its members, draws which candidates are dropped, and keeps their masks up to date.
+
+    Attributes:
+        config: the live entry of `sparsifier.groups`; schedulers write `sparsity_level` into it.
+        members: ranked ones first.
+        owner: the sparsifier, weakly.
+    """
+
+    def __init__(self, recipe: Recipe, config: dict[str, Any], members: list[Member], switches: Switches) -> None:
+        self.recipe, self.config, self.members, self.switches = recipe, config, members, switches
+        self.owner: weakref.ref[object] | None = None
+        self._ranked = [m for m in members if m.ranked]
+        self._candidates: Tensor | None = None
+        self._key: tuple[object, ...] | None = None
+        self._generation = 0
+        self.masks = [Mask(self, m.fqn, m.slice.dim, m.slice.span) for m in members]
+        for member, mask in zip(members, self.masks, strict=True):
+            attach(member.module, member.slice.tensor, mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "owner": None}
+
+    @property
+    def name(self) -> str:
+        """Fully qualified name of the first ranked tensor."""
+        return self.members[0].fqn
+
+    @property
+    def dense(self) -> bool:
+        """Whether masks are switched off."""
+        return self.switches.dense
+
+    @property
+    def dense_eval(self) -> bool:
+        """Whether evaluation runs the dense model."""
+        return self.switches.dense_eval
+
+    def level(self, key: str) -> float:
+        """A fraction of the config, checked: schedulers write there without a check of their own."""
+        return check_fraction(self.config[key], key, where=self.name)
+
+    @property
+    def shipped_level(self) -> float:
+        """γ of evaluation and of `squash_mask`: the target where one is set, else what the schedule is at."""
+        return self.level("sparsity_level" if self.config["eval_sparsity_level"] is None else "eval_sparsity_level")
+
+    @torch.no_grad()
+    def importance(self) -> Tensor:
+        """``[pools, groups]`` float32, from the dense weights.
+
+        Raises:
+            TdError: an importance is not finite.
+        """
+        seed = self.switches.seed
+        scores = [self.recipe.criterion(Evidence(m.parameter.detach(), m.fqn, seed)) for m in self._ranked]
+        groups = self.recipe.granularity.to_groups(scores, [m.slice for m in self._ranked])
+        if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
+            raise TdError(
+                "the weights hold NaN or infinity, so they cannot be ranked",
+                where=self.name,
+                fix="lower the learning rate or check the loss; the run has diverged",
+            )
+        return groups
+
+    def _select(self, level: float) -> Tensor:
+        """The candidates at `level`, ``[pools, groups]`` bool; recomputed when the weights or the level changed."""
+        versions = tuple(0 if p.is_inference() else p._version for p in (m.parameter for m in self._ranked))
+        key = (level, versions, tuple(m.parameter.data_ptr() for m in self._ranked))
+        if self._candidates is None or key != self._key:
+            self._candidates, self._key = bottom_k(self.importance(), level), key
+            self._generation += 1
+        return self._candidates
+
+    def settle(self) -> int:
+        """Bring the candidates up to date; the result changes whenever they are recomputed."""
+        self._select(self.shipped_level)
+        return self._generation
+
+    def expire(self) -> None:
+        """Recompute the candidates when they are next needed."""
+        self._key = None
+
+    def keep_mask(self, mask: Mask) -> Tensor:
+        """The deterministic keep-mask of one member, bool, broadcastable to it."""
+        member = self.members[self.masks.index(mask)]
+        kept = ~self._select(self.shipped_level)
+        return self.recipe.granularity.to_mask(kept, member.slice, member.parameter.shape)
+
+    def draw(self, step: int, micro_step: int, fresh: bool) -> None:
+        """Replace every member's training mask by a new sample.
+
+        Args:
+            step: index of the training step; with `micro_step`, the seed and the name it is the whole state.
+            micro_step: index of the forward within the step.
+            fresh: rank the weights anew, whatever their version counters say.
+        """
+        if fresh:
+            self.expire()
+        candidates = self._select(self.level("sparsity_level"))
+        rate = self.level("drop_rate")
+        device = candidates.device
+        if self.recipe.sampler == "group":
+            key = draw_key(self.switches.seed, step, micro_step, self.name)
+            candidates = candidates & draw(candidates.shape, rate, key, device)
+        for member, mask in zip(self.members, self.masks, strict=True):
+            shape = member.parameter.shape
+            dropped = self.recipe.granularity.to_mask(candidates, member.slice, shape)
+            if self.recipe.sampler == "weight":
+                key = draw_key(self.switches.seed, step, micro_step, member.fqn)
+                dropped = dropped & draw(shape, rate, key, device)
+            mask.keep = ~dropped
+
+    def dropped(self) -> tuple[int, int]:
+        """How many groups the deterministic mask drops, and how many there are."""
+        candidates = self._select(self.shipped_level)
+        return int(candidates.sum()), candidates.numel()
