@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
-from td_plugin.sparsifier import TargetedDropout, attached_sparsifier
+from td_plugin.sparsifier import TargetedDropout
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,12 +29,10 @@ logger = logging.get_logger("td_plugin")
 
 # Which callback drives a sparsifier: two of them would draw twice per step. Weak on both sides: a callback holds its
 # sparsifier.
-_DRIVERS: weakref.WeakKeyDictionary[TargetedDropout, weakref.ref[TargetedDropoutCallback]] = (
-    weakref.WeakKeyDictionary()
-)
+_DRIVERS: weakref.WeakKeyDictionary[TargetedDropout, weakref.ref[TargetedDropoutCallback]] = weakref.WeakKeyDictionary()
 
 
-class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
+class TargetedDropoutCallback(TrainerCallback):
     """Trains with targeted dropout and leaves the model pruned.
 
     Training forwards sample masks, one draw per micro-batch; evaluation runs the model pruned at the target γ, at any
@@ -63,7 +63,7 @@ class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
         >>> trainer = Trainer(..., callbacks=[TargetedDropoutCallback(recipes.ramping_targeted_unit(), 0.75)])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the first two are options, by name only
         self,
         recipe: Recipe,
         sparsity_level: float = 0.5,
@@ -84,13 +84,13 @@ class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
             )
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
-        self._new = lambda: TargetedDropout(recipe, sparsity_level, seed=seed, eval_mask=eval_mask)
+        self._new = partial(TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask)
         self._new()  # a wrong γ is said now, not hours later
         self._config, self._length, self._squash = config, length, squash
         self._redraws = mask_every == "micro_batch"
         self.sparsifier: TargetedDropout | None = None
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
@@ -105,7 +105,9 @@ class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
         sparsifier.evaluate_at_target()
         self._set_progress(state)
         report = sparsifier.report()
-        logger.info(f"targeted dropout on {len(report.rows)} targets, {len(report.skipped)} tensors left alone\n{report}")
+        logger.info(
+            f"targeted dropout on {len(report.rows)} targets, {len(report.skipped)} tensors left alone\n{report}"
+        )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Rank and draw for the first micro-batch."""
@@ -141,7 +143,7 @@ class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
         if state.log_history:
             state.log_history[-1].update(values)  # the Trainer has copied `logs` there before this event
 
-    def on_train_end(
+    def on_train_end(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Bake the deterministic masks in; the best checkpoint, if asked for, has been loaded by now."""
@@ -164,5 +166,3 @@ class TargetedDropoutCallback(TrainerCallback):  # type: ignore[misc]
                 fix="squash after training only",
             )
         return self.sparsifier
-
-

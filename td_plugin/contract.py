@@ -59,7 +59,7 @@ Schedule = Callable[[float], float]
 
 
 class Granularity(Protocol):
-    """How the importances of a target's tensors are pooled and grouped, and how a choice of groups masks each tensor."""
+    """How importances are pooled and grouped, and how a choice of groups masks each tensor."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -8,14 +8,13 @@ parameters, `state_dict`, strict loads, `tie_weights` and deep copies are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from td_plugin.errors import TdError
+from td_plugin.masked_view import masked_view
 
 _STATE = "_td_masks"
 
@@ -109,48 +108,6 @@ class _ModuleMasks:
         self.inside_forward = 0
 
 
-class MaskedView(Tensor):
-    """A masked value read from outside its layer's forward. Editing it in place is an error: the edit would be lost."""
-
-    td_fqn: str
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Refuse in-place operations on a view; everything else gives what a plain tensor gives."""
-        kwargs = kwargs or {}
-        name = func.__name__
-        edits = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
-        edited = kwargs.get("out", args[0] if edits and args else None)
-        if isinstance(edited, cls):
-            raise TdError(
-                "an in-place edit of the masked value would be lost",
-                where=edited.td_fqn,
-                got=name,
-                fix="edit inside `with sparsifier.dense():`, or edit the parameter from `named_parameters()`",
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        source = next((a for a in args if isinstance(a, cls)), None)
-        if type(result) is cls or (source is not None and _shares_storage(result, source)):
-            return _view(result.as_subclass(Tensor), "" if source is None else source.td_fqn)
-        return result
-
-
-def _shares_storage(result: object, source: Tensor) -> bool:
-    if not isinstance(result, Tensor) or result.is_sparse or result.is_meta or source.is_meta:
-        return False
-    return result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-
-
-def _view(value: Tensor, fqn: str) -> MaskedView:
-    with torch._C.DisableTorchFunctionSubclass():
-        view = value.as_subclass(MaskedView)
-    view.td_fqn = fqn
-    return view
-
-
 def _property(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         masks: _ModuleMasks = module.__dict__[_STATE]
@@ -160,13 +117,22 @@ def _property(name: str) -> property:
         value = masks.by_name[name].apply(dense, module.training)
         if value is dense or masks.inside_forward or torch.compiler.is_compiling():
             return value
-        return _view(value, masks.by_name[name].fqn)
+        return masked_view(value, masks.by_name[name].fqn)
 
     return property(read)
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The masked subclass of `base`; one per class and names, so that compiled code and copies share it."""
+    if (base, names) not in _CLASSES:
+        _CLASSES[base, names] = _make_masked_class(base, names)
+    return _CLASSES[base, names]
+
+
+def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base` that reads `names` through their masks."""
 
     @wraps(base.forward)
@@ -190,10 +156,10 @@ def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
                 mask.evaluate(dense)
         return self
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (base, names), self.__dict__
 
-    body = {"forward": forward, "train": train, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    body = {"forward": forward, "train": train, "__reduce_ex__": reduce, "__module__": base.__module__}
     return type(f"Masked{base.__name__}", (base,), {**body, **{name: _property(name) for name in names}})
 
 

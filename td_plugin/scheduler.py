@@ -33,15 +33,18 @@ class TargetedDropoutScheduler(BaseScheduler):
         if not isinstance(sparsifier, TargetedDropout) or not sparsifier.groups:
             raise TdError("the scheduler needs a prepared TargetedDropout", got=repr(sparsifier), fix="prepare() first")
         if isinstance(recipe_steps, bool) or not isinstance(recipe_steps, int) or recipe_steps < 1:
-            raise TdError("recipe_steps must be a positive whole number", got=recipe_steps, fix="the length of the ramp")
+            raise TdError(
+                "recipe_steps must be a positive whole number", got=recipe_steps, fix="the length of the ramp"
+            )
         self.recipe_steps = recipe_steps
-        super().__init__(sparsifier, last_epoch, verbose)
+        self._target = sparsifier
+        super().__init__(sparsifier, last_epoch, verbose)  # type: ignore[no-untyped-call]
         self.base_sl = [group["target_sparsity_level"] for group in sparsifier.groups]
 
     def get_sl(self) -> list[float]:
         """γ of every group at the current step; sets α as well. Called by `step()`."""
-        self.sparsifier.set_progress(self.last_epoch / self.recipe_steps)
-        return [group["sparsity_level"] for group in self.sparsifier.groups]
+        self._target.set_progress(self.last_epoch / self.recipe_steps)
+        return [group["sparsity_level"] for group in self._target.groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Two whole numbers; everything else follows."""
@@ -54,6 +57,8 @@ class TargetedDropoutScheduler(BaseScheduler):
             TdError: not a state of this class.
         """
         if set(state_dict) != {"last_epoch", "recipe_steps"}:
-            raise TdError("not a state of TargetedDropoutScheduler", got=sorted(state_dict), fix="pass its state_dict()")
+            raise TdError(
+                "not a state of TargetedDropoutScheduler", got=sorted(state_dict), fix="pass its state_dict()"
+            )
         self.last_epoch, self.recipe_steps = int(state_dict["last_epoch"]), int(state_dict["recipe_steps"])
         self._last_sl = self.get_sl()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 from td_plugin.errors import TdError
 
@@ -85,7 +86,7 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         times = [time for time, _ in self.points]
-        if not times or any(a >= b for a, b in zip(times, times[1:], strict=False)):
+        if not times or any(a >= b for a, b in pairwise(times)):
             raise TdError("the times of a piecewise schedule must increase", got=times, fix="sort the points by time")
 
     def __call__(self, time: float) -> float:

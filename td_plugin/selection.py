@@ -42,11 +42,6 @@ class Selection:
     skipped: dict[str, str]
 
 
-def fqn(slice_: Slice) -> str:
-    """Fully qualified tensor name."""
-    return f"{slice_.module}.{slice_.tensor}" if slice_.module else slice_.tensor
-
-
 def _output_dim(module: nn.Module) -> int | None:
     """The dimension of `module.weight` that holds its outputs; None for a layer we do not prune by default."""
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -89,16 +84,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"nearest: {match[0]!r}" if match else "the model has no parameters"
 
 
-def _all_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
 def _defaults(model: nn.Module, recipe: Recipe) -> Selection:
     """Everything the recipe can drop: `config=None`."""
     layers, shared = _layers(model), _shared(model)
     logits = next(reversed(layers), None)
     reasons = {name: _skip_reason(name, module, shared, logits) for name, (module, _) in layers.items()}
-    skipped = {f"{name}.weight".lstrip("."): reason for name, reason in reasons.items() if reason}
+    skipped = {Slice(name, "weight", 0).fqn: reason for name, reason in reasons.items() if reason}
     free = {name: layer for name, layer in layers.items() if reasons[name] is None}
     if not recipe.granularity.kinds:
         return Selection([Choice((Slice(name, "weight", dim),)) for name, (_, dim) in free.items()], skipped)
@@ -110,9 +101,9 @@ def _defaults(model: nn.Module, recipe: Recipe) -> Selection:
         tied = any(id(_parameter(model, s)) in shared for s in group.ranked + group.carried)
         if group.kind in recipe.granularity.kinds and not tied:
             choices.append(Choice(group.ranked, group.carried))
-    chosen = {fqn(s) for choice in choices for s in choice.ranked}
+    chosen = {s.fqn for choice in choices for s in choice.ranked}
     for name in free:
-        tensor = f"{name}.weight".lstrip(".")
+        tensor = Slice(name, "weight", 0).fqn
         if tensor not in chosen:
             skipped[tensor] = refused.get(name, "its outputs are not units that can be removed, or not of this kind")
     return Selection(choices, skipped)
@@ -128,31 +119,43 @@ def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
     return Choice((Slice(name, "weight", dim),), bias)
 
 
-def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list[UnitGroup]) -> Choice:
-    """The target that one entry of the user's config asks for."""
+def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
+    """The tensor name of one entry of the user's config, checked."""
     unknown = sorted(set(entry) - set(_CONFIG_KEYS))
     if unknown:
-        raise TdError("unknown key in the config", where=str(entry.get("tensor_fqn", "")), got=unknown, fix=_nearest(unknown[0], _CONFIG_KEYS))
+        where, fix = str(entry.get("tensor_fqn", "")), _nearest(unknown[0], _CONFIG_KEYS)
+        raise TdError("unknown key in the config", where=where, got=unknown, fix=fix)
     if "tensor_fqn" not in entry:
-        raise TdError("a config entry names no tensor", got=entry, fix="add 'tensor_fqn', for example 'encoder.0.weight'")
-    name, known = str(entry["tensor_fqn"]), _all_names(model)
+        raise TdError("a config entry names no tensor", got=entry, fix="add 'tensor_fqn': 'encoder.0.weight'")
+    name, known = str(entry["tensor_fqn"]), dict(model.named_parameters(remove_duplicate=False))
     if name not in known:
         raise TdError("the model has no such parameter", where=name, fix=_nearest(name, known))
     if id(known[name]) in _shared(model):
-        raise TdError("the tensor is tied: the same parameter serves another module", where=name, fix="leave it out, or untie it first")
+        problem = "the tensor is tied: the same parameter serves another module"
+        raise TdError(problem, where=name, fix="leave it out, or untie it first")
     if known[name].dim() < 2 or not known[name].is_floating_point():
-        raise TdError("only floating-point weights of two or more dimensions are ranked", where=name, got=f"{known[name].dtype} {tuple(known[name].shape)}", fix="name a weight matrix; biases follow their units")
+        raise TdError(
+            "only floating-point weights of two or more dimensions are ranked",
+            where=name,
+            got=f"{known[name].dtype} {tuple(known[name].shape)}",
+            fix="name a weight matrix; biases follow their units",
+        )
+    return name
+
+
+def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list[UnitGroup]) -> Choice:
+    """The target that one entry of the user's config asks for."""
+    name = _check_entry(model, entry)
     overrides = {key: check_fraction(entry[key], key, where=name) for key in _CONFIG_KEYS[1:] if key in entry}
     module_name, _, tensor = name.rpartition(".")
     module = model.get_submodule(module_name)
-    dim = _output_dim(module) or 0
+    weight = Slice(module_name, tensor, _output_dim(module) or 0)
     if not recipe.granularity.kinds:
-        return Choice((Slice(module_name, tensor, dim),), (), overrides)
+        return Choice((weight,), (), overrides)
     for group in groups:
-        if name in (fqn(s) for s in group.ranked):
+        if name in (s.fqn for s in group.ranked):
             return Choice(group.ranked, group.carried, overrides)
-    whole = _whole_layer(module_name, module, dim)
-    return Choice((Slice(module_name, tensor, dim),), whole.carried, overrides)
+    return Choice((weight,), _whole_layer(module_name, module, weight.dim).carried, overrides)
 
 
 def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None) -> Selection:
@@ -172,7 +175,7 @@ def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None
         the choices in the model's order and the tensors skipped, with reasons.
 
     Raises:
-        TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor asked for twice; nothing to prune.
+        TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor named twice; nothing to prune.
     """
     if config is None:
         selection = _defaults(model, recipe)
@@ -187,7 +190,7 @@ def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None
             fix='name a tensor: config=[{"tensor_fqn": "..."}]',
         )
     taken: set[str] = set()
-    for name in (fqn(s) for choice in selection.choices for s in choice.slices):
+    for name in (s.fqn for choice in selection.choices for s in choice.slices):
         if name in taken:
             raise TdError("a tensor is asked for twice", where=name, fix="name every tensor, or every unit, once")
         taken.add(name)

@@ -13,12 +13,11 @@ from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.parametrization import bake, masked_tensors, masks_of
-from td_plugin.report import SparsityReport, SparsityRow
-from td_plugin.selection import Choice, Selection, fqn, select
-from td_plugin.target import Member, Switches, Target
-
-_LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
+from td_plugin.parametrization import bake, masked_tensors
+from td_plugin.report import SparsityReport
+from td_plugin.selection import Selection, select
+from td_plugin.state import kept_params, restore_levels, set_levels, snapshot_levels
+from td_plugin.target import Switches, Target, make_target
 
 
 class TargetedDropout(BaseSparsifier):
@@ -29,7 +28,7 @@ class TargetedDropout(BaseSparsifier):
     `step()` before each training forward (or once per optimizer step, and `redraw()` before the further micro-batches).
 
     Names, order and identity of the parameters and the keys of `model.state_dict()` do not change, so optimizers and
-    checkpoints made before or after `prepare` fit. Masks are derived from the dense weights; the only state is the step.
+    checkpoints made before or after `prepare` fit. Masks follow from the dense weights; the only state is the step.
 
     Args:
         recipe: which method, from `td_plugin.recipes` or composed.
@@ -110,8 +109,8 @@ class TargetedDropout(BaseSparsifier):
 
         Args:
             model: any module; its parameters keep their names, order and identity.
-            config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional; None
-                takes all the recipe can drop (`td_plugin.selection.select` says what is left out).
+            config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional;
+                None takes all the recipe can drop (`td_plugin.selection.select` says what is left out).
 
         Raises:
             TdError: a second `prepare`, a model that carries masks already, a wrong name, nothing to prune.
@@ -122,32 +121,10 @@ class TargetedDropout(BaseSparsifier):
             raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
         selection: Selection = select(model, self.recipe, config)
         self.model, self._skipped, self._final_report = model, selection.skipped, None
-        self.config = config
         for choice in selection.choices:
-            self._targets.append(self._target(model, choice))
+            self._targets.append(make_target(model, self.recipe, choice, self.defaults, self._switches))
         self.groups = [target.config for target in self._targets]
         self._claim()
-
-    def _target(self, model: nn.Module, choice: Choice) -> Target:
-        members = [
-            Member(model.get_submodule(s.module), s, ranked)
-            for slices, ranked in ((choice.ranked, True), (choice.carried, False))
-            for s in slices
-        ]
-        first = choice.ranked[0]
-        levels = {**self.defaults, **choice.overrides}
-        config = {
-            "module": members[0].module,
-            "module_fqn": first.module,
-            "tensor_name": first.tensor,
-            "tensor_fqn": fqn(first),
-            "sparsity_level": levels["sparsity_level"],
-            "drop_rate": levels["drop_rate"],
-            "target_sparsity_level": levels["sparsity_level"],
-            "target_drop_rate": levels["drop_rate"],
-            "eval_sparsity_level": None,
-        }
-        return Target(self.recipe, config, members, self._switches)
 
     def _claim(self) -> None:
         for target in self._targets:
@@ -205,13 +182,10 @@ class TargetedDropout(BaseSparsifier):
             progress: share of the ramp that is done; clamped to [0, 1].
         """
         self._driven = True
-        time = min(max(progress, 0.0), 1.0)
-        for group in self.groups:
-            group["sparsity_level"] = group["target_sparsity_level"] * self.recipe.sparsity_schedule(time)
-            group["drop_rate"] = group["target_drop_rate"] * self.recipe.drop_schedule(time)
+        set_levels(self.groups, self.recipe, min(max(progress, 0.0), 1.0))
 
     def evaluate_at_target(self) -> None:
-        """From here on evaluation and `squash_mask` use the target γ, not what a ramp is at: what will ship is judged."""
+        """From here on evaluation and `squash_mask` use the target γ, wherever a ramp is: what will ship is judged."""
         for group in self.groups:
             group["eval_sparsity_level"] = group["target_sparsity_level"]
 
@@ -224,7 +198,7 @@ class TargetedDropout(BaseSparsifier):
         finally:
             self._switches.dense = before
 
-    def squash_mask(  # type: ignore[override]
+    def squash_mask(
         self,
         params_to_keep: tuple[str, ...] | None = None,
         params_to_keep_per_layer: dict[str, tuple[str, ...]] | None = None,
@@ -240,7 +214,7 @@ class TargetedDropout(BaseSparsifier):
         """
         if self.model is None or not self.groups:
             return
-        kept = [(group, self._kept_params(group, params_to_keep, params_to_keep_per_layer)) for group in self.groups]
+        kept = [(group, kept_params(group, params_to_keep, params_to_keep_per_layer)) for group in self.groups]
         report = self.report()
         bake(self.model)
         for group, values in kept:
@@ -251,15 +225,6 @@ class TargetedDropout(BaseSparsifier):
             warnings.warn(
                 "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level", stacklevel=2
             )
-
-    @staticmethod
-    def _kept_params(
-        group: dict[str, Any], everywhere: tuple[str, ...] | None, per_layer: dict[str, tuple[str, ...]] | None
-    ) -> dict[str, Any]:
-        keys = (*(everywhere or ()), *(per_layer or {}).get(group["module_fqn"], ()))
-        if unknown := [key for key in keys if key not in group]:
-            raise TdError("no such key in the group", where=group["tensor_fqn"], got=unknown, fix=f"one of {sorted(group)}")
-        return {key: group[key] for key in keys}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of plain numbers and strings, JSON-able: the step, the seed and every group's γ and α.
@@ -272,7 +237,7 @@ class TargetedDropout(BaseSparsifier):
             "seed": self._switches.seed,
             "step_count": self.step_count,
             "micro_step": self.micro_step,
-            "groups": [{key: group[key] for key in ("tensor_fqn", *_LEVELS)} for group in self.groups],
+            "groups": snapshot_levels(self.groups),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -280,29 +245,13 @@ class TargetedDropout(BaseSparsifier):
 
         Args:
             state_dict: left unchanged.
-            strict: raise when the groups differ; otherwise those in common are loaded and the others named in a warning.
+            strict: raise when the groups differ; else those in common are loaded and the others named in a warning.
 
         Raises:
             TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
         """
         self._require_prepared()
-        if not isinstance(state_dict, dict) or not {"version", "step_count", "seed", "groups"} <= set(state_dict):
-            raise TdError("not a state of TargetedDropout", got=sorted(state_dict), fix="pass what state_dict() returned")
-        saved = {group["tensor_fqn"]: group for group in state_dict["groups"]}
-        here = {group["tensor_fqn"]: group for group in self.groups}
-        if state_dict["recipe"] != self.recipe.name or set(saved) != set(here):
-            differing = sorted(set(saved) ^ set(here))
-            problem = TdError(
-                "the state belongs to another set-up",
-                where=", ".join(differing[:4]),
-                got=f"recipe {state_dict['recipe']!r}, here {self.recipe.name!r}",
-                fix="prepare with the same recipe and config, or load with strict=False",
-            )
-            if strict:
-                raise problem
-            warnings.warn(str(problem), stacklevel=2)
-        for name in set(saved) & set(here):
-            here[name].update({key: saved[name][key] for key in _LEVELS})
+        restore_levels(self.groups, self.recipe.name, state_dict, strict)
         self._switches.seed = int(state_dict["seed"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
         if self.step_count:
@@ -318,44 +267,5 @@ class TargetedDropout(BaseSparsifier):
         if self._final_report is not None and not self.groups:
             return self._final_report
         self._require_prepared()
-        rows = tuple(self._row(target) for target in self._targets)
+        rows = tuple(target.row() for target in self._targets)
         return SparsityReport(self.recipe.name, self.step_count, rows, dict(self._skipped))
-
-    def _row(self, target: Target) -> SparsityRow:
-        dropped, groups = target.dropped()
-        sizes = [m.parameter.numel() for m in target.members]
-        # A mask of one entry per unit stands for equally many scalars each.
-        zeros = sum(
-            int((~(keep := target.keep_mask(mask))).sum()) * size // keep.numel()
-            for mask, size in zip(target.masks, sizes, strict=True)
-        )
-        return SparsityRow(
-            target.name,
-            "units" if self.recipe.granularity.kinds else "weights",
-            groups,
-            dropped,
-            sum(sizes),
-            zeros,
-            target.config["sparsity_level"],
-            target.config["drop_rate"],
-        )
-
-
-def attached_sparsifier(model: nn.Module) -> TargetedDropout | None:
-    """The sparsifier whose masks `model` carries; None if it carries none.
-
-    Raises:
-        TdError: it carries masks whose sparsifier is gone, or belongs to another model.
-    """
-    found = masks_of(model)
-    if not found:
-        return None
-    source = found[0][2].source
-    owner = source.owner() if isinstance(source, Target) and source.owner is not None else None
-    if not isinstance(owner, TargetedDropout) or owner.model is not model:
-        raise TdError(
-            "the model carries masks of a sparsifier that is gone or belongs to another model",
-            where=found[0][2].fqn,
-            fix="keep the sparsifier alive, or bake the masks with td_plugin.parametrization.bake(model)",
-        )
-    return owner

@@ -13,6 +13,8 @@ from td_plugin.contract import Evidence, Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.masks import bottom_k, draw, draw_key
 from td_plugin.parametrization import Mask, attach
+from td_plugin.report import SparsityRow
+from td_plugin.selection import Choice
 from td_plugin.structure import Slice
 
 
@@ -42,12 +44,12 @@ class Member:
     @property
     def fqn(self) -> str:
         """Fully qualified tensor name."""
-        return f"{self.slice.module}.{self.slice.tensor}" if self.slice.module else self.slice.tensor
+        return self.slice.fqn
 
     @property
     def parameter(self) -> nn.Parameter:
         """The dense tensor."""
-        parameter = self.module._parameters[self.slice.tensor]
+        parameter = self.module._parameters.get(self.slice.tensor)
         if parameter is None:
             raise TdError("a masked parameter has been removed from its module", where=self.fqn, fix="squash first")
         return parameter
@@ -166,7 +168,54 @@ class Target:
                 dropped = dropped & draw(shape, rate, key, device)
             mask.keep = ~dropped
 
-    def dropped(self) -> tuple[int, int]:
-        """How many groups the deterministic mask drops, and how many there are."""
+    def row(self) -> SparsityRow:
+        """What the deterministic mask drops."""
         candidates = self._select(self.shipped_level)
-        return int(candidates.sum()), candidates.numel()
+        sizes = [m.parameter.numel() for m in self.members]
+        # A mask of one entry per unit stands for equally many scalars each.
+        zeros = sum(
+            int((~(keep := self.keep_mask(mask))).sum()) * size // keep.numel()
+            for mask, size in zip(self.masks, sizes, strict=True)
+        )
+        return SparsityRow(
+            tensor=self.name,
+            kind="units" if self.recipe.granularity.kinds else "weights",
+            groups=candidates.numel(),
+            dropped=int(candidates.sum()),
+            elements=sum(sizes),
+            zeros=zeros,
+            sparsity_level=self.config["sparsity_level"],
+            drop_rate=self.config["drop_rate"],
+        )
+
+
+def make_target(
+    model: nn.Module, recipe: Recipe, choice: Choice, defaults: dict[str, Any], switches: Switches
+) -> Target:
+    """Put masks on the tensors of `choice`; the config holds torch.ao's keys, the levels now and their targets.
+
+    Args:
+        model: the whole model.
+        recipe: how to rank and draw.
+        choice: from `td_plugin.selection.select`.
+        defaults: γ and α where the choice has none of its own.
+        switches: shared by all targets of a sparsifier.
+    """
+    members = [
+        Member(model.get_submodule(s.module), s, ranked)
+        for slices, ranked in ((choice.ranked, True), (choice.carried, False))
+        for s in slices
+    ]
+    first, levels = choice.ranked[0], {**defaults, **choice.overrides}
+    config = {
+        "module": members[0].module,
+        "module_fqn": first.module,
+        "tensor_name": first.tensor,
+        "tensor_fqn": first.fqn,
+        "sparsity_level": levels["sparsity_level"],
+        "drop_rate": levels["drop_rate"],
+        "target_sparsity_level": levels["sparsity_level"],
+        "target_drop_rate": levels["drop_rate"],
+        "eval_sparsity_level": None,
+    }
+    return Target(recipe, config, members, switches)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import td_plugin as td
 from td_plugin.integrations.hf import TargetedDropoutCallback
@@ -42,7 +49,11 @@ def rows(n: int = ROWS) -> list[dict[str, Tensor]]:
 
 
 def make_trainer(
-    out: Path, model: nn.Module | None, callback: TargetedDropoutCallback | None, cls: type[Trainer] = Trainer, **options: Any
+    out: Path,
+    model: nn.Module | None,
+    callback: TargetedDropoutCallback | None,
+    cls: type[Trainer] = Trainer,
+    **options: Any,
 ) -> Trainer:
     settings: dict[str, Any] = {
         "num_train_epochs": 3,
@@ -139,9 +150,7 @@ def test_pitfall_4_restored_callback_states_do_not_stack_masks(tmp_path: Path) -
     whole = make_trainer(tmp_path / "whole", make_model(), callback())
     whole.train()
     mine = callback()
-    resumed = make_trainer(
-        tmp_path / "resumed", make_model(seed=9), mine, restore_callback_states_from_checkpoint=True
-    )
+    resumed = make_trainer(tmp_path / "resumed", make_model(seed=9), mine, restore_callback_states_from_checkpoint=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert mine.sparsifier is not None, "the user's own object must be the one that runs"
     assert_equal(weights(whole.model), weights(resumed.model))
@@ -164,7 +173,7 @@ def test_pitfall_5_nothing_of_ours_is_in_the_trainer_state(tmp_path: Path) -> No
 class TestPitfall6:
     def test_model_init_makes_a_new_model_and_that_one_is_masked(self, tmp_path: Path) -> None:
         mine = callback(squash=False)
-        trainer = make_trainer(tmp_path, None, mine, model_init=lambda: make_model())
+        trainer = make_trainer(tmp_path, None, mine, model_init=lambda: make_model(seed=1))
         trainer.train()
         assert mine.sparsifier is not None and mine.sparsifier.model is trainer.model
         assert masked_tensors(trainer.model)

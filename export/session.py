@@ -1,0 +1,163 @@
+"""onnxruntime sessions on the CPU: opening a file, and fitting inputs to its graph."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from td_plugin.contract import TdError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PROVIDER = "CPUExecutionProvider"
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+# Any of these marks a quantized graph; DequantizeLinear alone is how int8 embeddings are read.
+_INTEGER_OPS = {
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "QuantizeLinear",
+    "MatMulInteger",
+    "ConvInteger",
+    "QLinearMatMul",
+    "QLinearConv",
+    "QGemm",
+    "MatMulNBits",
+}
+
+
+def require(package: str) -> Any:
+    """Import an optional package of the ``onnx`` extra.
+
+    Raises:
+        TdError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise TdError(
+            f"{package.split('.')[0]} is needed here and cannot be imported",
+            got=error,
+            fix="pip install 'td-plugin[onnx]'",
+        ) from error
+
+
+def open_session(path: str | os.PathLike[str], *, threads: int = 1) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Threads do not spin while they wait: under any other load spinning costs more than a factor of two and distorts
+    the ratio between a dense and a pruned model.
+
+    Args:
+        path: the ONNX file.
+        threads: threads inside one operator.
+
+    Raises:
+        TdError: the file is missing, truncated, corrupt or needs something this onnxruntime lacks.
+    """
+    ort = require("onnxruntime")
+    if not Path(path).is_file():
+        raise TdError("there is no such ONNX file", where=str(path), fix="write it with to_onnx(model, path, inputs)")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: they reach the user as the exception below
+    try:
+        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise TdError(
+            "onnxruntime cannot load the ONNX file",
+            where=str(path),
+            got=str(error).splitlines()[0],
+            fix="the file may be truncated or damaged: export it again",
+        ) from error
+
+
+def read_graph(path: str | os.PathLike[str]) -> Any:
+    """The `onnx.ModelProto` of a file, without weights kept outside it.
+
+    Raises:
+        TdError: the file is missing or cannot be parsed.
+    """
+    onnx = require("onnx")
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError moved between its versions
+        raise TdError(
+            "the ONNX file cannot be read", where=str(path), got=error, fix="it may be truncated: export it again"
+        ) from error
+
+
+def is_quantized(graph: Any) -> bool:
+    """Whether an `onnx.ModelProto` computes with integer weights."""
+    return any(node.op_type in _INTEGER_OPS for node in graph.graph.node)
+
+
+def graph_inputs(session: Any, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]], where: str) -> dict[str, Tensor]:
+    """Those of `inputs` that the graph takes; others, such as labels, are left out.
+
+    Args:
+        session: an open session.
+        inputs: name -> values, as the model is called.
+        where: what errors call the file.
+
+    Raises:
+        TdError: an input is missing, or its dtype, rank or a fixed dimension does not fit the graph.
+    """
+    wanted = session.get_inputs()
+    missing = [entry.name for entry in wanted if entry.name not in inputs]
+    if missing:
+        raise TdError(
+            f"the graph needs inputs that were not given: {', '.join(missing)}",
+            where=where,
+            got=", ".join(inputs) or "no inputs",
+            fix=f"give {', '.join(entry.name for entry in wanted)}",
+        )
+    fitted = {}
+    for entry in wanted:
+        value = inputs[entry.name]
+        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+        _check_fit(entry, tensor, where)
+        fitted[entry.name] = tensor
+    return fitted
+
+
+def _check_fit(entry: Any, tensor: Tensor, where: str) -> None:
+    dtype = _DTYPES.get(entry.type)
+    if dtype is None or tensor.dtype != dtype:
+        raise TdError(
+            f"input {entry.name!r} has another dtype than the graph",
+            where=where,
+            got=tensor.dtype,
+            fix=f"the graph takes {entry.type}",
+        )
+    fixed = [size if isinstance(size, int) else None for size in entry.shape]
+    fits = len(fixed) == tensor.ndim and all(
+        size is None or size == actual for size, actual in zip(fixed, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise TdError(
+            f"input {entry.name!r} has another shape than the graph",
+            where=where,
+            got=list(tensor.shape),
+            fix=f"the graph takes {entry.shape}",
+        )

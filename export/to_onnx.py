@@ -1,0 +1,227 @@
+"""From a torch model to one verified ONNX file."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from td_plugin.contract import TdError
+from td_plugin.export.probes import Batch, is_sequence, make_probe_batches, resized, text_length
+from td_plugin.export.quiet import quiet
+from td_plugin.export.session import require
+from td_plugin.export.verify import named_outputs, verify
+from td_plugin.files import staged_file
+from td_plugin.parametrization import bake
+
+_PROTOBUF_LIMIT = 2**31 - 2**24  # one protobuf message stays below 2 GiB; the graph itself gets 16 MiB
+
+
+def to_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Batch | Tensor | Sequence[Tensor],
+    *,
+    opset: int = 20,
+    tolerance: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `model`, as it computes in evaluation mode, to one ONNX file with a dynamic batch and sequence.
+
+    transformers' models go through its `OnnxExporter`, others through `torch.onnx.export`. The model itself stays as
+    it is: masks of td_plugin are baked into a copy (left in the graph they would double the file). The file is
+    compared with torch on `make_probe_batches(example_inputs)` and moved into place only if it agrees.
+
+    Args:
+        model: float32 or float64.
+        path: the file to write.
+        example_inputs: dict of tensors as the model is called (labels are left out); for other modules than
+            transformers' also a tensor or a tuple of tensors. The first dimension is the batch; the second one of
+            integer inputs of rank 2 is the sequence.
+        opset: of the ONNX standard operators. From 23 on attention becomes one operator that other tools may not know.
+        tolerance: see `verify`.
+        metadata: written into the file's ``metadata_props`` next to versions, class, parameters and sparsity.
+
+    Returns:
+        `path`.
+
+    Raises:
+        TdError: the inputs do not fit, the model cannot be exported, or the file differs from the model; `path` is
+            left as it was.
+    """
+    require("onnxscript")
+    example = _named_inputs(model, example_inputs)
+    ready = copy.deepcopy(model).cpu()
+    baked = bake(ready)
+    ready.eval()
+    _check_exportable(ready)
+    properties = _provenance(ready, metadata or {})
+    with staged_file(path) as staged:
+        graph = _export(ready, example, opset)
+        _tidy(graph, example)
+        graph.metadata_props.update(properties)
+        require("onnx_ir").save(graph, str(staged))
+        # Without masks the caller's own model is the reference, whatever the exporter did to the copy.
+        reference = ready if baked else model
+        verify(reference, staged, make_probe_batches(example), tolerance=tolerance, where=str(path))
+    return Path(path)
+
+
+def _named_inputs(model: nn.Module, example_inputs: Batch | Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """Inputs by the names of `forward`'s parameters, on the CPU, without labels."""
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(example_inputs, Mapping):
+        named = {name: value for name, value in example_inputs.items() if name not in _labels(model)}
+    else:
+        values = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(values) > len(names):
+            raise TdError(f"forward names {len(names)} inputs", got=len(values), fix="give a dict of tensors")
+        named = dict(zip(names, values, strict=False))
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            raise TdError("an example input is not a batch of tensors", where=name, got=type(value).__name__)
+    if len({value.shape[0] for value in named.values()}) != 1:
+        shapes = {name: list(value.shape) for name, value in named.items()}
+        raise TdError("the example inputs do not share one batch size", got=shapes, fix="first dimension: the batch")
+    return {name: value.detach().cpu() for name, value in named.items()}
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    if "transformers" not in sys.modules:  # nobody can have built such a model
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _labels(model: nn.Module) -> list[str]:
+    if not _is_pretrained(model):
+        return []
+    from transformers.utils.generic import find_labels
+
+    return list(find_labels(type(model)))  # type: ignore[no-untyped-call]
+
+
+def _check_exportable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TdError(
+                "onnxruntime's CPU kernels do not cover this dtype",
+                where=name,
+                got=parameter.dtype,
+                fix="model.float(), then quantize(path, target) for a smaller file",
+            )
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size > _PROTOBUF_LIMIT:
+        raise TdError("the model does not fit into one ONNX file", got=f"{size / 1e9:.1f} GB", fix="shrink it first")
+
+
+def _export(model: nn.Module, example: Batch, opset: int) -> Any:
+    """The `onnx_ir.Model` of `model`."""
+    # torch.export turns a dimension of 1 into a constant. Two rows, and a text that is shorter than the longest probe
+    # and has no dimension in common with the batch, leave nothing to mix up.
+    length = text_length(example)
+    example = resized(example, 2, None if length is None else max(3, length // 2))
+    dynamic = torch.export.Dim.DYNAMIC  # a named Dim would have to state the model's own maximum length
+    axes = {name: {0: dynamic, 1: dynamic} if is_sequence(value) else {0: dynamic} for name, value in example.items()}
+    try:
+        with torch.no_grad():
+            outputs = list(named_outputs(model(**example)))
+        with quiet():
+            if _is_pretrained(model):
+                return _export_pretrained(model, example, axes, opset)
+            return torch.onnx.export(
+                model,
+                kwargs=dict(example),
+                input_names=list(example),
+                output_names=outputs,
+                dynamic_shapes=axes,
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            ).model  # type: ignore[union-attr]
+    except Exception as error:  # the model's own forward and two compilers are in there
+        raise TdError(
+            "the model cannot be exported to ONNX with these example inputs",
+            where=type(model).__name__,
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            fix="check that model(**example_inputs) runs with other batch sizes and lengths",
+        ) from error
+
+
+def _export_pretrained(model: Any, example: Batch, axes: dict[str, dict[int, Any]], opset: int) -> Any:
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    config = OnnxConfig(dynamic=True, dynamic_shapes=axes, opset_version=opset)
+    exporter = OnnxExporter()  # type: ignore[no-untyped-call]
+    return exporter.export(model, dict(example), config).program
+
+
+def _tidy(graph: Any, example: Batch) -> None:
+    """Name the dynamic dimensions, and drop the traces of the export: they hold paths of this machine."""
+    names: dict[str, str] = {}
+    for value in graph.graph.inputs:
+        axes = ("batch", "sequence") if is_sequence(example[value.name.removeprefix("input.")]) else ("batch",)
+        names.update({str(size): axis for size, axis in zip(value.shape, axes, strict=False)})
+    for value in graph.graph.inputs:
+        _name_axes(value, names)
+    for node in graph.graph.all_nodes():
+        for key in set(node.metadata_props) - {"namespace"}:  # viewers group nodes by it
+            del node.metadata_props[key]
+        for value in node.outputs:
+            _name_axes(value, names)
+
+
+def _name_axes(value: Any, names: Mapping[str, str]) -> None:
+    """Call dimensions batch and sequence in place of symbols such as s41, also within expressions."""
+    if value.shape is None:
+        return
+    ir = require("onnx_ir")
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    value.shape = ir.Shape(
+        [
+            size
+            if isinstance(size, int) or size.value is None
+            else ir.SymbolicDim(symbol.sub(lambda match: names[match[0]], str(size)))
+            for size in value.shape
+        ]
+    )
+
+
+def _provenance(model: nn.Module, metadata: Mapping[str, str]) -> dict[str, str]:
+    """What the file says about itself; the caller's entries come last."""
+    for key, text in metadata.items():
+        if not (isinstance(key, str) and isinstance(text, str)):
+            raise TdError("metadata maps strings to strings", where=str(key), got=type(text).__name__, fix="json.dumps")
+    zeros = {
+        name: round(1 - parameter.count_nonzero().item() / max(1, parameter.numel()), 4)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
+    }
+    versions = {f"{name}.version": _version(name) for name in ("td-plugin", "torch", "transformers", "onnx")}
+    return {
+        **{name: version for name, version in versions.items() if version},
+        "td-plugin.model_class": type(model).__name__,
+        "td-plugin.parameters": str(sum(parameter.numel() for parameter in model.parameters())),
+        "td-plugin.sparsity": json.dumps({name: share for name, share in zeros.items() if share}),
+        **metadata,
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # optional, or td_plugin run from a bare checkout
+        return ""

@@ -1,0 +1,68 @@
+"""γ and α of the groups: set by schedules, saved, restored, handed on to torch.ao's tools."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from td_plugin.contract import Recipe
+from td_plugin.errors import TdError
+
+_LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
+
+
+def set_levels(groups: list[dict[str, Any]], recipe: Recipe, time: float) -> None:
+    """Set γ and α of every group to its targets times what the recipe's schedules say at `time`."""
+    for group in groups:
+        group["sparsity_level"] = group["target_sparsity_level"] * recipe.sparsity_schedule(time)
+        group["drop_rate"] = group["target_drop_rate"] * recipe.drop_schedule(time)
+
+
+def snapshot_levels(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Name, γ and α of every group, copied."""
+    return [{key: group[key] for key in ("tensor_fqn", *_LEVELS)} for group in groups]
+
+
+def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, Any], strict: bool) -> None:
+    """Write the saved levels into `groups`; `state` is left unchanged.
+
+    Args:
+        groups: live ones.
+        recipe: name of the recipe here.
+        state: from `TargetedDropout.state_dict`.
+        strict: whether other groups or another recipe are an error or a warning.
+
+    Raises:
+        TdError: no state of ours, or (strict) one of another set-up.
+    """
+    if not isinstance(state, dict) or not {"version", "recipe", "step_count", "seed", "groups"} <= set(state):
+        raise TdError("not a state of TargetedDropout", got=sorted(state), fix="pass what state_dict() returned")
+    saved = {group["tensor_fqn"]: group for group in state["groups"]}
+    here = {group["tensor_fqn"]: group for group in groups}
+    if state["recipe"] != recipe or set(saved) != set(here):
+        problem = TdError(
+            "the state belongs to another set-up",
+            where=", ".join(sorted(set(saved) ^ set(here))[:4]),
+            got=f"recipe {state['recipe']!r}, here {recipe!r}",
+            fix="prepare with the same recipe and config, or load with strict=False",
+        )
+        if strict:
+            raise problem
+        warnings.warn(str(problem), stacklevel=3)
+    for name in set(saved) & set(here):
+        here[name].update({key: saved[name][key] for key in _LEVELS})
+
+
+def kept_params(
+    group: dict[str, Any], everywhere: tuple[str, ...] | None, per_layer: dict[str, tuple[str, ...]] | None
+) -> dict[str, Any]:
+    """The entries of one group that torch.ao's `squash_mask` is asked to leave on its module.
+
+    Raises:
+        TdError: a key the group does not have.
+    """
+    keys = (*(everywhere or ()), *(per_layer or {}).get(group["module_fqn"], ()))
+    if unknown := [key for key in keys if key not in group]:
+        fix = f"one of {sorted(group)}"
+        raise TdError("no such key in the group", where=group["tensor_fqn"], got=unknown, fix=fix)
+    return {key: group[key] for key in keys}
