@@ -130,13 +130,14 @@ class TargetedDropoutCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Add γ, α and the sparsity of the model as it would ship to the training logs."""
+        """Log γ, α, the share of scalars dropped in this step, and the sparsity the model would ship with."""
         if logs is None or self.sparsifier is None or not self.sparsifier.groups or "loss" not in logs:
             return
         groups = self.sparsifier.groups
         values = {
             "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
             "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
+            "td_dropped": self.sparsifier.dropped_share(),
             "td_sparsity": self.sparsifier.report().sparsity,
         }
         logs.update(values)

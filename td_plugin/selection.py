@@ -22,11 +22,19 @@ _CONFIG_KEYS = ("tensor_fqn", "sparsity_level", "drop_rate")
 
 @dataclass(frozen=True)
 class Choice:
-    """One target to be: the slices to rank, those silenced with them, and the user's overrides."""
+    """One target to be.
+
+    Attributes:
+        ranked: slices to rank.
+        carried: slices silenced with them.
+        overrides: the user's γ and α for it.
+        removable: whether `shrink` knows the layers that read the units; not for single weights.
+    """
 
     ranked: tuple[Slice, ...]
     carried: tuple[Slice, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
+    removable: bool = True
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -116,7 +124,7 @@ def _parameter(model: nn.Module, slice_: Slice) -> nn.Parameter | None:
 def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
     """Every output of one layer as a unit: weight row and bias."""
     bias = (Slice(name, "bias", 0),) if module._parameters.get("bias") is not None else ()
-    return Choice((Slice(name, "weight", dim),), bias)
+    return Choice((Slice(name, "weight", dim),), bias, removable=False)
 
 
 def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
@@ -155,7 +163,7 @@ def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list
     for group in groups:
         if name in (s.fqn for s in group.ranked):
             return Choice(group.ranked, group.carried, overrides)
-    return Choice((weight,), _whole_layer(module_name, module, weight.dim).carried, overrides)
+    return Choice((weight,), _whole_layer(module_name, module, weight.dim).carried, overrides, removable=False)
 
 
 def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None) -> Selection:

@@ -125,6 +125,12 @@ class TargetedDropout(BaseSparsifier):
             self._targets.append(make_target(model, self.recipe, choice, self.defaults, self._switches))
         self.groups = [target.config for target in self._targets]
         self._claim()
+        if stuck := [choice.ranked[0].fqn for choice in selection.choices if not choice.removable]:
+            warnings.warn(
+                f"the outputs of {len(stuck)} layers (first: {stuck[0]}) are dropped as units, but what reads them is "
+                f"unknown in {type(model).__name__}: shrink() will not be able to remove them",
+                stacklevel=2,
+            )
 
     def _claim(self) -> None:
         for target in self._targets:
@@ -257,6 +263,16 @@ class TargetedDropout(BaseSparsifier):
         if self.step_count:
             for target in self._targets:
                 target.draw(self.step_count - 1, self.micro_step, fresh=True)
+
+    def dropped_share(self) -> float:
+        """Share of the targeted scalars that this step's sample drops, in [0, 1]; about γ·α.
+
+        Raises:
+            TdError: not prepared.
+        """
+        self._require_prepared()
+        elements = sum(member.parameter.numel() for target in self._targets for member in target.members)
+        return sum(target.dropped_now() for target in self._targets) / elements
 
     def report(self) -> SparsityReport:
         """What the deterministic masks drop, per target and in total; after `squash_mask` the last one.

@@ -168,25 +168,31 @@ class Target:
                 dropped = dropped & draw(shape, rate, key, device)
             mask.keep = ~dropped
 
+    def dropped_now(self) -> int:
+        """Scalars that this step's sample drops; 0 before the first draw."""
+        members = zip(self.members, self.masks, strict=True)
+        return sum(_zeros(mask.keep, member.parameter) for member, mask in members if mask.keep is not None)
+
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
         candidates = self._select(self.shipped_level)
-        sizes = [m.parameter.numel() for m in self.members]
-        # A mask of one entry per unit stands for equally many scalars each.
-        zeros = sum(
-            int((~(keep := self.keep_mask(mask))).sum()) * size // keep.numel()
-            for mask, size in zip(self.masks, sizes, strict=True)
-        )
         return SparsityRow(
             tensor=self.name,
             kind="units" if self.recipe.granularity.kinds else "weights",
             groups=candidates.numel(),
             dropped=int(candidates.sum()),
-            elements=sum(sizes),
-            zeros=zeros,
+            elements=sum(m.parameter.numel() for m in self.members),
+            zeros=sum(
+                _zeros(self.keep_mask(mask), m.parameter) for m, mask in zip(self.members, self.masks, strict=True)
+            ),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],
         )
+
+
+def _zeros(keep: Tensor, parameter: Tensor) -> int:
+    # A mask of one entry per unit stands for equally many scalars each.
+    return int((~keep).sum()) * parameter.numel() // keep.numel()
 
 
 def make_target(

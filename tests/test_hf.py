@@ -292,6 +292,8 @@ def test_logs_gamma_alpha_and_sparsity(tmp_path: Path) -> None:
         assert entry["td_sparsity_level"] == pytest.approx(0.5 * recipe.sparsity_schedule(done))
         assert entry["td_drop_rate"] == pytest.approx(0.9 * done)
         assert entry["td_sparsity"] == pytest.approx(0.5)
+        assert 0.0 <= entry["td_dropped"] <= entry["td_sparsity_level"]
+    assert logs[0]["td_dropped"] == 0.0 and logs[-1]["td_dropped"] > 0.3
 
 
 def test_a_prepared_model_is_adopted(tmp_path: Path) -> None:
