@@ -75,9 +75,14 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
             return
         if not os.access(path, os.W_OK):
             raise TdError("the output directory cannot be written", where=str(path), fix="choose a writable path")
-        for item in sorted(p for p in stage.rglob("*") if p.is_file()):
-            place = path / item.relative_to(stage)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(item, place)
+        places = {item: path / item.relative_to(stage) for item in sorted(stage.rglob("*"))}
+        for item, place in places.items():  # all checks before the first move
+            if place.exists() and place.is_dir() != item.is_dir():
+                raise TdError("a file and a directory are in each other's way", where=str(place), fix="remove it")
+        for item, place in places.items():
+            if item.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(item, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -28,8 +28,11 @@ class MaskedView(Tensor):
         kwargs = kwargs or {}
         name = func.__name__
         edits = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
-        edited = kwargs.get("out", args[0] if edits and args else None)
-        if isinstance(edited, cls):
+        first = args[0] if args else next(iter(kwargs.values()), None)  # `nn.init` passes its tensor by name
+        target = kwargs.get("out", first if edits else None)
+        lists = target if isinstance(target, (list, tuple)) else [target]  # the `_foreach` functions
+        edited = next((t for t in lists if isinstance(t, cls)), None)
+        if edited is not None:
             raise TdError(
                 "an in-place edit of the masked value would be lost",
                 where=edited.td_fqn,

@@ -12,7 +12,7 @@ _RESOLUTION = 1 << 16  # the draw compares 16 random bits with α, so α is met 
 
 def count(fraction: float, n: int) -> int:
     """``int(γ·n)``, the only rounding rule. The slack keeps ``int(0.29 * 100)`` at 29, where floats give 28."""
-    return min(int(fraction * n + 1e-9), n)
+    return min(int(fraction * n + 1e-9), max(n - 1, 0) if fraction < 1 else n)
 
 
 def bottom_k(importance: Tensor, fraction: float) -> Tensor:

@@ -93,6 +93,7 @@ class Mask:
     def evaluate(self, dense: Tensor) -> None:
         """Enter evaluation: settle the mask now, so that a compiled forward finds it ready."""
         if not (self.source.dense or self.source.dense_eval or dense.is_meta):
+            self.train()
             self._shipped(dense.detach())
 
 
@@ -101,9 +102,10 @@ def _select(keep: Tensor, dense: Tensor) -> Tensor:
 
 
 class _ModuleMasks:
-    """What one masked module carries besides its own attributes."""
+    """What one masked module carries besides its own attributes; `base` is the class it gets back."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: type[nn.Module]) -> None:
+        self.base = base
         self.by_name: dict[str, Mask] = {}
         self.inside_forward = 0
 
@@ -111,6 +113,8 @@ class _ModuleMasks:
 def _property(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         masks: _ModuleMasks = module.__dict__[_STATE]
+        if name not in module._parameters:  # moved away by another parametrization
+            raise AttributeError(name)
         dense = module._parameters[name]
         if dense is None:
             return None
@@ -168,22 +172,16 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
-    return type(module).__mro__[1] if _STATE in module.__dict__ else type(module)
-
-
 def attach(module: nn.Module, name: str, mask: Mask) -> None:
     """Put `mask` on the parameter `name` of `module`. Parameter, keys and order do not change."""
-    base = _original_class(module)
-    masks: _ModuleMasks = module.__dict__.setdefault(_STATE, _ModuleMasks())
+    masks: _ModuleMasks = module.__dict__.setdefault(_STATE, _ModuleMasks(type(module)))
     masks.by_name[name] = mask
-    module.__class__ = _masked_class(base, tuple(sorted(masks.by_name)))
+    module.__class__ = _masked_class(masks.base, tuple(sorted(masks.by_name)))
 
 
 def detach(module: nn.Module) -> None:
     """Take all masks off `module` and give it back its class; parameters keep their dense values."""
-    module.__class__ = _original_class(module)
-    del module.__dict__[_STATE]
+    module.__class__ = module.__dict__.pop(_STATE).base
 
 
 def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, Mask]]:

@@ -60,6 +60,17 @@ def _output_dim(module: nn.Module) -> int | None:
     return None
 
 
+def _named_output_dim(name: str, module: nn.Module) -> int:
+    """The same for a tensor the user names: transposed convolutions too, and dimension 0 where nothing is known."""
+    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return _output_dim(module) or 0
+    if module.groups != 1:
+        raise TdError(
+            "the outputs of a grouped transposed convolution lie in two dimensions", where=name, fix="omit it"
+        )
+    return 1
+
+
 def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """The prunable layers by name, in registration order, with their output dimension."""
     layers = {}
@@ -129,6 +140,8 @@ def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
 
 def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
     """The tensor name of one entry of the user's config, checked."""
+    if not isinstance(entry, dict):
+        raise TdError("a config entry is not a dict", got=repr(entry), fix='{"tensor_fqn": "encoder.0.weight"}')
     unknown = sorted(set(entry) - set(_CONFIG_KEYS))
     if unknown:
         where, fix = str(entry.get("tensor_fqn", "")), _nearest(unknown[0], _CONFIG_KEYS)
@@ -157,12 +170,15 @@ def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list
     overrides = {key: check_fraction(entry[key], key, where=name) for key in _CONFIG_KEYS[1:] if key in entry}
     module_name, _, tensor = name.rpartition(".")
     module = model.get_submodule(module_name)
-    weight = Slice(module_name, tensor, _output_dim(module) or 0)
+    weight = Slice(module_name, tensor, _named_output_dim(name, module))
     if not recipe.granularity.kinds:
         return Choice((weight,), (), overrides)
     for group in groups:
         if name in (s.fqn for s in group.ranked):
             return Choice(group.ranked, group.carried, overrides)
+    if tensor != "weight":
+        fix = "use a weight recipe, or name a tensor called 'weight'"
+        raise TdError("which bias belongs to these units is unknown", where=name, got=type(module).__name__, fix=fix)
     return Choice((weight,), _whole_layer(module_name, module, weight.dim).carried, overrides, removable=False)
 
 
@@ -187,6 +203,8 @@ def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None
     """
     if config is None:
         selection = _defaults(model, recipe)
+    elif not isinstance(config, list):
+        raise TdError("the config is not a list", got=repr(config), fix='[{"tensor_fqn": "encoder.0.weight"}]')
     else:
         groups = unit_groups(model) if recipe.granularity.kinds else []
         selection = Selection([_named(model, recipe, entry, groups) for entry in config], {})

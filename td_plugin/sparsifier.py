@@ -15,7 +15,7 @@ from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
-from td_plugin.selection import Selection, select
+from td_plugin.selection import select
 from td_plugin.state import kept_params, restore_levels, set_levels, snapshot_levels
 from td_plugin.target import Switches, Target, make_target
 
@@ -119,7 +119,7 @@ class TargetedDropout(BaseSparsifier):
             raise TdError("prepare() was called before", got=f"{len(self.groups)} targets", fix="squash_mask() first")
         if found := masked_tensors(model):
             raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
-        selection: Selection = select(model, self.recipe, config)
+        selection, kind = select(model, self.recipe, config), type(model).__name__
         self.model, self._skipped, self._final_report = model, selection.skipped, None
         for choice in selection.choices:
             self._targets.append(make_target(model, self.recipe, choice, self.defaults, self._switches))
@@ -128,7 +128,7 @@ class TargetedDropout(BaseSparsifier):
         if stuck := [choice.ranked[0].fqn for choice in selection.choices if not choice.removable]:
             warnings.warn(
                 f"the outputs of {len(stuck)} layers (first: {stuck[0]}) are dropped as units, but what reads them is "
-                f"unknown in {type(model).__name__}: shrink() will not be able to remove them",
+                f"unknown in {kind}: shrink() will not be able to remove them",
                 stacklevel=2,
             )
 
@@ -136,9 +136,10 @@ class TargetedDropout(BaseSparsifier):
         for target in self._targets:
             target.owner = weakref.ref(self)
 
-    def _require_prepared(self) -> None:
-        if not self.groups:
+    def _prepared(self) -> nn.Module:
+        if self.model is None or not self.groups:
             raise TdError("the sparsifier has no model", fix="call prepare(model) first")
+        return self.model
 
     def step(self, use_path: bool = True) -> None:
         """Rank the weights anew and draw this step's masks. Call it before the forward.
@@ -149,7 +150,7 @@ class TargetedDropout(BaseSparsifier):
         Raises:
             TdError: not prepared, a γ or α outside [0, 1) (a scheduler may set one), weights with NaN.
         """
-        self._require_prepared()
+        self._prepared()
         if not self.enable_mask_update:
             return
         # A torch.ao scheduler leaves its own step counter on the sparsifier it drives.
@@ -174,7 +175,7 @@ class TargetedDropout(BaseSparsifier):
         Raises:
             TdError: not prepared, or `step()` was never called.
         """
-        self._require_prepared()
+        self._prepared()
         if self.step_count == 0:
             raise TdError("redraw() before the first step()", fix="call step() before the first forward")
         self.micro_step += 1
@@ -203,6 +204,9 @@ class TargetedDropout(BaseSparsifier):
             yield
         finally:
             self._switches.dense = before
+            for target in self._targets:
+                for mask in target.masks:
+                    mask.train()
 
     def squash_mask(
         self,
@@ -218,14 +222,14 @@ class TargetedDropout(BaseSparsifier):
         Raises:
             TdError: an unknown key; weights with NaN. The model is unchanged then.
         """
-        if self.model is None or not self.groups:
+        if self._final_report is not None and not self.groups:
             return
-        kept = [(group, kept_params(group, params_to_keep, params_to_keep_per_layer)) for group in self.groups]
+        model = self._prepared()
+        kept = kept_params(self.groups, params_to_keep, params_to_keep_per_layer)
         report = self.report()
-        bake(self.model)
-        for group, values in kept:
-            if values:
-                group["module"].sparse_params = values
+        bake(model)
+        for module, values in kept:
+            vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []
         if report.zeros == 0:
             warnings.warn(
@@ -243,6 +247,7 @@ class TargetedDropout(BaseSparsifier):
             "seed": self._switches.seed,
             "step_count": self.step_count,
             "micro_step": self.micro_step,
+            "enable_mask_update": self.enable_mask_update,
             "groups": snapshot_levels(self.groups),
         }
 
@@ -256,9 +261,10 @@ class TargetedDropout(BaseSparsifier):
         Raises:
             TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
         """
-        self._require_prepared()
+        self._prepared()
         restore_levels(self.groups, self.recipe.name, state_dict, strict)
         self._switches.seed = int(state_dict["seed"])
+        self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
         if self.step_count:
             for target in self._targets:
@@ -270,7 +276,7 @@ class TargetedDropout(BaseSparsifier):
         Raises:
             TdError: not prepared.
         """
-        self._require_prepared()
+        self._prepared()
         elements = sum(member.parameter.numel() for target in self._targets for member in target.members)
         return sum(target.dropped_now() for target in self._targets) / elements
 
@@ -282,6 +288,6 @@ class TargetedDropout(BaseSparsifier):
         """
         if self._final_report is not None and not self.groups:
             return self._final_report
-        self._require_prepared()
+        self._prepared()
         rows = tuple(target.row() for target in self._targets)
         return SparsityReport(self.recipe.name, self.step_count, rows, dict(self._skipped))

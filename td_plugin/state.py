@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import nn
+
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 
+_KEYS = {"version", "recipe", "seed", "step_count", "micro_step", "enable_mask_update", "groups"}
 _LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
 
 
@@ -35,7 +38,7 @@ def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, A
     Raises:
         TdError: no state of ours, or (strict) one of another set-up.
     """
-    if not isinstance(state, dict) or not {"version", "recipe", "step_count", "seed", "groups"} <= set(state):
+    if not isinstance(state, dict) or not set(state) >= _KEYS:
         raise TdError("not a state of TargetedDropout", got=sorted(state), fix="pass what state_dict() returned")
     saved = {group["tensor_fqn"]: group for group in state["groups"]}
     here = {group["tensor_fqn"]: group for group in groups}
@@ -54,15 +57,19 @@ def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, A
 
 
 def kept_params(
-    group: dict[str, Any], everywhere: tuple[str, ...] | None, per_layer: dict[str, tuple[str, ...]] | None
-) -> dict[str, Any]:
-    """The entries of one group that torch.ao's `squash_mask` is asked to leave on its module.
+    groups: list[dict[str, Any]], everywhere: tuple[str, ...] | None, per_layer: dict[str, tuple[str, ...]] | None
+) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """What torch.ao's `squash_mask` is asked to leave on each module: key -> value, by tensor where there are several.
 
     Raises:
         TdError: a key the group does not have.
     """
-    keys = (*(everywhere or ()), *(per_layer or {}).get(group["module_fqn"], ()))
-    if unknown := [key for key in keys if key not in group]:
-        fix = f"one of {sorted(group)}"
-        raise TdError("no such key in the group", where=group["tensor_fqn"], got=unknown, fix=fix)
-    return {key: group[key] for key in keys}
+    kept: dict[nn.Module, dict[str, dict[str, Any]]] = {}
+    for group in groups:
+        keys = (*(everywhere or ()), *(per_layer or {}).get(group["module_fqn"], ()))
+        if unknown := [key for key in keys if key not in group]:
+            fix = f"one of {sorted(group)}"
+            raise TdError("no such key in the group", where=group["tensor_fqn"], got=unknown, fix=fix)
+        if keys:
+            kept.setdefault(group["module"], {})[group["tensor_name"]] = {key: group[key] for key in keys}
+    return [(module, next(iter(by.values())) if len(by) == 1 else by) for module, by in kept.items()]

@@ -141,8 +141,9 @@ class Target:
     def keep_mask(self, mask: Mask) -> Tensor:
         """The deterministic keep-mask of one member, bool, broadcastable to it."""
         member = self.members[self.masks.index(mask)]
-        kept = ~self._select(self.shipped_level)
-        return self.recipe.granularity.to_mask(kept, member.slice, member.parameter.shape)
+        with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
+            kept = ~self._select(self.shipped_level)
+            return self.recipe.granularity.to_mask(kept, member.slice, member.parameter.shape)
 
     def draw(self, step: int, micro_step: int, fresh: bool) -> None:
         """Replace every member's training mask by a new sample.

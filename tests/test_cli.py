@@ -1,0 +1,193 @@
+"""The command line: each command on tiny checkpoints, and every mistake as one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+from typer.testing import CliRunner, Result
+
+import td_plugin as td
+from td_plugin.commands import app
+
+COMMANDS = ("demo", "finetune", "shrink", "export", "quantize", "verify", "benchmark", "inspect")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def document(result: Result) -> Any:
+    """What --json printed: exactly one document, and nothing else, on stdout."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert all(word in line for word in words), line
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="session")
+def masked(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier with half of its neurons and heads silent."""
+    directory = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(text_encoder)
+    sparsifier = td.TargetedDropout(td.recipes.targeted_unit(), sparsity_level=0.5)
+    sparsifier.prepare(model)
+    sparsifier.squash_mask()
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((text_encoder / name).read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def dense_onnx(masked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "dense.onnx"
+    document(run("export", masked, path, "--json"))
+    return path
+
+
+class TestCommands:
+    def test_help_names_every_command(self) -> None:
+        result = run("--help")
+        assert result.exit_code == 0
+        assert all(command in result.output for command in COMMANDS)
+
+    def test_shrink_export_verify_benchmark(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
+        small, file = tmp_path / "small", tmp_path / "small.onnx"
+        shrunk = document(run("shrink", masked, small, "--json"))
+        assert shrunk["after"] < shrunk["before"]
+        assert (small / "tokenizer.json").is_file()
+        exported = document(run("export", small, file, "--json"))
+        assert list(exported["inputs"]) == ["input_ids", "attention_mask", "token_type_ids"]
+        assert document(run("verify", small, file, "--json"))["max_abs"] < 1e-4
+        assert document(run("verify", masked, file, "--json"))["max_abs"] < 1e-4  # masked and shrunk are one function
+        timed = document(
+            run("benchmark", f"dense={dense_onnx}", f"pruned={file}", "--rounds", 5, "--sequence", 16, "--json")
+        )
+        assert [entry["name"] for entry in timed["files"]] == ["dense", "pruned"]
+        assert timed["speedups"][0]["over"] == "dense"
+
+    def test_quantize(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
+        result = document(run("quantize", dense_onnx, tmp_path / "int8.onnx", "--json"))
+        assert Path(result["file"]).stat().st_size == result["bytes"]
+        assert document(run("verify", masked, tmp_path / "int8.onnx", "--json"))["precision"] == "int8"
+
+    def test_inspect_a_checkpoint(self, masked: Path) -> None:
+        found = document(run("inspect", masked, "--json"))
+        units = {row["layer"]: (row["kind"], row["units"], row["silent"]) for row in found["rows"]}
+        assert units["bert.encoder.layer.0.intermediate.dense"] == ("neurons", 128, 64)
+        assert ("heads", 4, 2) in units.values()
+        assert found["zeros"] > 0
+        assert "neurons" in run("inspect", masked).stdout
+
+    def test_inspect_a_graph(self, dense_onnx: Path) -> None:
+        found = document(run("inspect", dense_onnx, "--json"))
+        assert found["bytes"] == dense_onnx.stat().st_size
+        assert "int64" in found["inputs"]["input_ids"] and found["metadata"]
+
+    def test_finetune(self, text_encoder: Path, reviews: Path, tmp_path: Path) -> None:
+        options = ("--epochs", 1, "--batch-size", 16, "--sparsity-level", 0.5, "--max-length", 16)
+        source = ("--model", text_encoder, "--dataset", reviews, "--output", tmp_path / "run")
+        result = document(run("finetune", *source, *options, "--json"))
+        assert result["accuracy"]["onnx"] == pytest.approx(result["accuracy"]["after_shrink"])
+        assert all(Path(path).exists() for path in result["files"].values())
+
+
+class TestMistakes:
+    def test_no_such_checkpoint(self, tmp_path: Path) -> None:
+        for command in (("shrink", tmp_path / "x", tmp_path / "y"), ("export", tmp_path / "x", tmp_path / "y.onnx")):
+            refused(run(*command), "directory")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nothing_to_shrink(self, text_encoder: Path, tmp_path: Path) -> None:
+        refused(run("shrink", text_encoder, tmp_path / "small"), "no unit is zero")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_truncated_safetensors(self, masked: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in masked.iterdir():
+            content = file.read_bytes()
+            (broken / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
+        refused(run("export", broken, tmp_path / "model.onnx"))
+        assert not (tmp_path / "model.onnx").exists()
+
+    def test_truncated_onnx(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken.onnx"
+        broken.write_bytes(dense_onnx.read_bytes()[:2000])
+        refused(run("verify", masked, broken), "broken.onnx")
+        refused(run("inspect", broken), "broken.onnx")
+        refused(run("quantize", broken, tmp_path / "int8.onnx"), "broken.onnx")
+        refused(run("benchmark", broken), "broken.onnx")
+        assert list(tmp_path.iterdir()) == [broken]
+
+    def test_an_onnx_file_of_another_model(self, text_encoder: Path, dense_onnx: Path, tmp_path: Path) -> None:
+        torch.manual_seed(7)
+        BertForSequenceClassification.from_pretrained(text_encoder).save_pretrained(tmp_path / "other")
+        refused(run("verify", tmp_path / "other", dense_onnx), "does not compute what the model computes")
+
+    def test_an_output_that_cannot_be_written(self, masked: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        refused(run("shrink", masked, tmp_path / "file" / "small"), "file")
+        refused(run("export", masked, tmp_path / "file" / "small.onnx"), "file")
+
+    def test_two_files_of_one_name(self, dense_onnx: Path) -> None:
+        refused(run("benchmark", f"a={dense_onnx}", f"a={dense_onnx}"), "same name")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--sparsity-level", "1.0"), ("sparsity_level", "1.0")),
+            (("--drop-rate", "-0.5"), ("drop_rate", "-0.5")),
+            (("--epochs", "0"), ("epochs",)),
+            (("--label-column", "labl"), ("labl", "'label'")),
+            (("--dataset", "/nowhere/rows.csv"), ("no such data file", "/nowhere/rows.csv")),
+            (("--model", "/nowhere/model"), ("no such model", "/nowhere/model")),
+        ],
+    )
+    def test_finetune(
+        self, options: tuple[str, str], words: tuple[str, ...], text_encoder: Path, reviews: Path, tmp_path: Path
+    ) -> None:
+        source = ("--model", text_encoder, "--dataset", reviews, "--output", tmp_path / "run")
+        refused(run("finetune", *source, *options), *words)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_finetune_into_a_file(self, text_encoder: Path, reviews: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("kept")
+        refused(run("finetune", "--model", text_encoder, "--dataset", reviews, "--output", tmp_path / "file"), "file")
+        assert (tmp_path / "file").read_text() == "kept"
+
+    def test_an_unknown_recipe_or_option(self) -> None:
+        for options in (("finetune", "--recipe", "targeted_unt"), ("shrink", "--no-such-option"), ("no-such-command",)):
+            assert run(*options).exit_code == 2
+
+
+def test_without_typer_one_line_names_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; from td_plugin.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: typer is not installed; fix: pip install 'td-plugin[hf,onnx]'"
+
+
+def test_help_loads_no_optional_package() -> None:
+    code = (
+        "import sys; sys.argv = ['td-plugin', '--help']\n"
+        "from td_plugin.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('transformers', 'onnx', 'onnxruntime', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

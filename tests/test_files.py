@@ -1,0 +1,155 @@
+"""Files are whole or absent. Permission bits do not bind root: a parent that is a file stands for one not writable."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from td_plugin.errors import TdError
+from td_plugin.files import staged_directory, staged_file
+
+
+class Crash(Exception):
+    """Any failure of a writer."""
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "model.onnx"
+    with staged_file(target) as path:
+        assert path.name == "model.onnx" and path.parent.parent == target.parent  # same disk: the move is a rename
+        path.write_text("whole")
+        assert not target.exists()
+    assert tree(tmp_path) == {"deep/er/model.onnx": "whole"}
+    assert os.listdir(target.parent) == ["model.onnx"]
+
+
+def test_a_string_names_a_file_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with staged_file("model.onnx") as path:
+        path.write_text("whole")
+    with staged_directory("folder") as path:
+        (path / "a").write_text("1")
+    assert tree(tmp_path) == {"model.onnx": "whole", "folder/a": "1"}
+
+
+@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt, OSError])
+def test_a_file_is_untouched_when_the_writer_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(error), staged_file(target) as path:
+        path.write_text("hal")
+        raise error
+    assert os.listdir(tmp_path) == ["model.onnx"] and target.read_text() == "old"
+
+
+def test_no_file_appears_when_the_writer_fails(tmp_path: Path) -> None:
+    with pytest.raises(Crash), staged_file(tmp_path / "model.onnx") as path:
+        path.write_text("hal")
+        raise Crash
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with target.open() as reader:
+        with staged_file(target) as path:
+            path.write_text("new")
+        assert reader.read() == "old"  # who had it open still reads the old one, whole
+    assert target.read_text() == "new"
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with staged_file(tmp_path / "staged") as path:
+        path.write_text("")
+    assert (tmp_path / "staged").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_new_directory_appears_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "checkpoint"
+    with staged_directory(target) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text("w")
+        assert not target.exists()
+    assert tree(target) == {"config.json": "{}", "sub/weights": "w"}
+    assert os.listdir(target.parent) == ["checkpoint"]
+    (tmp_path / "plain").mkdir()
+    readable = stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH
+    assert target.stat().st_mode & readable == (tmp_path / "plain").stat().st_mode & readable
+
+
+def test_an_existing_directory_keeps_its_other_files(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    (target / "sub").mkdir(parents=True)
+    for name in ("config.json", "notes.txt", "sub/weights"):
+        (target / name).write_text("old")
+    with staged_directory(target) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text("new")
+        (folder / "more").mkdir()
+        (folder / "more" / "file").write_text("new")
+    assert tree(target) == {"config.json": "new", "notes.txt": "old", "sub/weights": "new", "more/file": "new"}
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_directory_is_untouched_when_the_writer_fails(tmp_path: Path, existed: bool) -> None:
+    target = tmp_path / "checkpoint"
+    if existed:
+        target.mkdir()
+        (target / "config.json").write_text("old")
+    with pytest.raises(Crash), staged_directory(target) as folder:
+        (folder / "config.json").write_text("hal")
+        raise Crash
+    assert tree(tmp_path) == ({"checkpoint/config.json": "old"} if existed else {})
+    assert os.listdir(tmp_path) == (["checkpoint"] if existed else [])
+
+
+@pytest.mark.parametrize("stage", [staged_file, staged_directory])
+@pytest.mark.parametrize("inside", ["blocked/out", "blocked/deep/er/out"])
+def test_a_parent_that_cannot_be_written(tmp_path: Path, stage: type[staged_file], inside: str) -> None:
+    (tmp_path / "blocked").write_text("a file")
+    with pytest.raises(TdError, match=r"cannot be created.*blocked.*choose a writable path"), stage(tmp_path / inside):
+        pytest.fail("the body must not run")
+    assert tree(tmp_path) == {"blocked": "a file"}
+
+
+def test_a_directory_where_a_file_is_to_go(tmp_path: Path) -> None:
+    with pytest.raises(TdError, match="a directory is there"), staged_file(tmp_path):
+        pytest.fail("the body must not run")
+
+
+def test_a_file_where_a_directory_is_to_go(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(TdError, match="a file is there"), staged_directory(tmp_path / "taken"):
+        pytest.fail("the body must not run")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_writer_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError), staged_file(target):
+        pass
+    assert os.listdir(tmp_path) == ["model.onnx"] and target.read_text() == "old"
+
+
+def test_a_file_in_the_way_of_a_sub_directory_fails_without_half_a_result(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "b").write_text("old")
+    with pytest.raises(TdError, match="b"), staged_directory(target) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").mkdir()
+        (folder / "b" / "weights").write_text("new")
+    assert tree(target) == {"b": "old"}
