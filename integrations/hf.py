@@ -133,12 +133,12 @@ class TargetedDropoutCallback(TrainerCallback):
         """Log γ, α, the share of scalars dropped in this step, and the sparsity the model would ship with."""
         if logs is None or self.sparsifier is None or not self.sparsifier.groups or "loss" not in logs:
             return
-        groups = self.sparsifier.groups
+        groups, report = self.sparsifier.groups, self.sparsifier.report()
         values = {
             "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
             "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
-            "td_dropped": self.sparsifier.dropped_share(),
-            "td_sparsity": self.sparsifier.report().sparsity,
+            "td_dropped": report.dropped_share,
+            "td_sparsity": report.sparsity,
         }
         logs.update(values)
         if state.log_history:

@@ -29,7 +29,8 @@ class SparsityRow:
         groups: weights or units ranked.
         dropped: how many of them the deterministic mask drops.
         elements: scalars in all tensors of the target, biases included.
-        zeros: scalars the mask zeroes.
+        zeros: scalars the deterministic mask zeroes.
+        sampled: scalars that the last training draw zeroes.
         sparsity_level: γ asked for, now.
         drop_rate: α, now.
     """
@@ -40,6 +41,7 @@ class SparsityRow:
     dropped: int
     elements: int
     zeros: int
+    sampled: int
     sparsity_level: float
     drop_rate: float
 
@@ -75,9 +77,15 @@ class SparsityReport:
         """Share of the targeted scalars that the deterministic masks zero, in [0, 1]."""
         return self.zeros / self.elements if self.elements else 0.0
 
+    @property
+    def dropped_share(self) -> float:
+        """Share of the targeted scalars that the last training draw zeroes, in [0, 1]; about γ·α."""
+        return sum(row.sampled for row in self.rows) / self.elements if self.elements else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {**asdict(self), "elements": self.elements, "zeros": self.zeros, "sparsity": self.sparsity}
+        totals = {"elements": self.elements, "zeros": self.zeros, "sparsity": self.sparsity}
+        return {**asdict(self), **totals, "dropped_share": self.dropped_share}
 
     def __str__(self) -> str:
         header = ("tensor", "kind", "dropped", "zeros", "sparsity", "γ", "α")

@@ -13,11 +13,14 @@ from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
+from td_plugin.notices import NOT_DRIVEN, NOT_REMOVABLE, NOTHING_ZEROED
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
 from td_plugin.selection import select
 from td_plugin.state import kept_params, restore_levels, set_levels, snapshot_levels
 from td_plugin.target import Switches, Target, make_target
+
+EvalMask = Literal["pruned", "dense"]
 
 
 class TargetedDropout(BaseSparsifier):
@@ -38,23 +41,10 @@ class TargetedDropout(BaseSparsifier):
 
     Raises:
         TdError: γ outside [0, 1), or an unknown `eval_mask`.
-
-    Example:
-        >>> sparsifier = TargetedDropout(recipes.targeted_weight(), sparsity_level=0.75)
-        >>> sparsifier.prepare(model)
-        >>> for batch in loader:
-        ...     sparsifier.step()
-        ...     train_on(batch)
-        >>> sparsifier.squash_mask()
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        sparsity_level: float = 0.5,
-        *,
-        seed: int = 0,
-        eval_mask: Literal["pruned", "dense"] = "pruned",
+        self, recipe: Recipe, sparsity_level: float = 0.5, *, seed: int = 0, eval_mask: EvalMask = "pruned"
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
@@ -68,8 +58,7 @@ class TargetedDropout(BaseSparsifier):
         self._driven = False
         self.model: nn.Module | None = None
         self.recipe = recipe
-        self.step_count = 0
-        self.micro_step = 0
+        self.step_count = self.micro_step = 0
         super().__init__({"sparsity_level": level, "drop_rate": recipe.drop_rate})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,11 +81,7 @@ class TargetedDropout(BaseSparsifier):
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
         """torch.ao's view: fully qualified tensor name -> ``{"mask": ...}``, the deterministic keep-mask, fresh."""
-        return {
-            mask.fqn: {"mask": mask.source.keep_mask(mask).expand(member.parameter.shape)}
-            for target in self._targets
-            for member, mask in zip(target.members, target.masks, strict=True)
-        }
+        return {name: {"mask": mask} for target in self._targets for name, mask in target.keep_masks().items()}
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:
@@ -126,11 +111,7 @@ class TargetedDropout(BaseSparsifier):
         self.groups = [target.config for target in self._targets]
         self._claim()
         if stuck := [choice.ranked[0].fqn for choice in selection.choices if not choice.removable]:
-            warnings.warn(
-                f"the outputs of {len(stuck)} layers (first: {stuck[0]}) are dropped as units, but what reads them is "
-                f"unknown in {kind}: shrink() will not be able to remove them",
-                stacklevel=2,
-            )
+            warnings.warn(NOT_REMOVABLE.format(count=len(stuck), first=stuck[0], model=kind), stacklevel=2)
 
     def _claim(self) -> None:
         for target in self._targets:
@@ -142,10 +123,7 @@ class TargetedDropout(BaseSparsifier):
         return self.model
 
     def step(self, use_path: bool = True) -> None:
-        """Rank the weights anew and draw this step's masks. Call it before the forward.
-
-        Args:
-            use_path: unused; torch.ao's signature.
+        """Rank the weights anew and draw this step's masks. Call it before the forward. `use_path` is torch.ao's.
 
         Raises:
             TdError: not prepared, a γ or α outside [0, 1) (a scheduler may set one), weights with NaN.
@@ -155,11 +133,7 @@ class TargetedDropout(BaseSparsifier):
             return
         # A torch.ao scheduler leaves its own step counter on the sparsifier it drives.
         if self.recipe.ramps and not self._driven and "_step_count" not in self.__dict__ and self.step_count == 1:
-            warnings.warn(
-                f"recipe {self.recipe.name!r} ramps, but nothing drives it: γ and α stay at their targets; "
-                "use TargetedDropoutScheduler, TargetedDropoutCallback or set_progress()",
-                stacklevel=2,
-            )
+            warnings.warn(NOT_DRIVEN.format(recipe=self.recipe.name), stacklevel=2)
         self.micro_step = 0
         for target in self._targets:
             self.update_mask(target=target, **target.config)
@@ -183,11 +157,7 @@ class TargetedDropout(BaseSparsifier):
             target.draw(self.step_count - 1, self.micro_step, fresh=False)
 
     def set_progress(self, progress: float) -> None:
-        """Set γ and α of every group to what the recipe's schedules say at this share of the ramp.
-
-        Args:
-            progress: share of the ramp that is done; clamped to [0, 1].
-        """
+        """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done."""
         self._driven = True
         set_levels(self.groups, self.recipe, min(max(progress, 0.0), 1.0))
 
@@ -205,8 +175,7 @@ class TargetedDropout(BaseSparsifier):
         finally:
             self._switches.dense = before
             for target in self._targets:
-                for mask in target.masks:
-                    mask.train()
+                target.forget()
 
     def squash_mask(
         self,
@@ -232,9 +201,7 @@ class TargetedDropout(BaseSparsifier):
             vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []
         if report.zeros == 0:
-            warnings.warn(
-                "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level", stacklevel=2
-            )
+            warnings.warn(NOTHING_ZEROED, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of plain numbers and strings, JSON-able: the step, the seed and every group's γ and α.
@@ -269,16 +236,6 @@ class TargetedDropout(BaseSparsifier):
         if self.step_count:
             for target in self._targets:
                 target.draw(self.step_count - 1, self.micro_step, fresh=True)
-
-    def dropped_share(self) -> float:
-        """Share of the targeted scalars that this step's sample drops, in [0, 1]; about γ·α.
-
-        Raises:
-            TdError: not prepared.
-        """
-        self._prepared()
-        elements = sum(member.parameter.numel() for target in self._targets for member in target.members)
-        return sum(target.dropped_now() for target in self._targets) / elements
 
     def report(self) -> SparsityReport:
         """What the deterministic masks drop, per target and in total; after `squash_mask` the last one.

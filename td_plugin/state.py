@@ -39,7 +39,7 @@ def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, A
         TdError: no state of ours, or (strict) one of another set-up.
     """
     if not isinstance(state, dict) or not set(state) >= _KEYS:
-        raise TdError("not a state of TargetedDropout", got=sorted(state), fix="pass what state_dict() returned")
+        raise TdError("not a state of TargetedDropout", got=repr(state)[:80], fix="pass what state_dict() returned")
     saved = {group["tensor_fqn"]: group for group in state["groups"]}
     here = {group["tensor_fqn"]: group for group in groups}
     if state["recipe"] != recipe or set(saved) != set(here):

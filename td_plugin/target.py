@@ -145,6 +145,17 @@ class Target:
             kept = ~self._select(self.shipped_level)
             return self.recipe.granularity.to_mask(kept, member.slice, member.parameter.shape)
 
+    def keep_masks(self) -> dict[str, Tensor]:
+        """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""
+        return {
+            m.fqn: self.keep_mask(k).expand(m.parameter.shape) for m, k in zip(self.members, self.masks, strict=True)
+        }
+
+    def forget(self) -> None:
+        """Derive everything anew when it is next needed: the weights may have been edited unseen."""
+        for mask in self.masks:
+            mask.train()
+
     def draw(self, step: int, micro_step: int, fresh: bool) -> None:
         """Replace every member's training mask by a new sample.
 
@@ -169,23 +180,18 @@ class Target:
                 dropped = dropped & draw(shape, rate, key, device)
             mask.keep = ~dropped
 
-    def dropped_now(self) -> int:
-        """Scalars that this step's sample drops; 0 before the first draw."""
-        members = zip(self.members, self.masks, strict=True)
-        return sum(_zeros(mask.keep, member.parameter) for member, mask in members if mask.keep is not None)
-
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
         candidates = self._select(self.shipped_level)
+        pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
         return SparsityRow(
             tensor=self.name,
             kind="units" if self.recipe.granularity.kinds else "weights",
             groups=candidates.numel(),
             dropped=int(candidates.sum()),
-            elements=sum(m.parameter.numel() for m in self.members),
-            zeros=sum(
-                _zeros(self.keep_mask(mask), m.parameter) for m, mask in zip(self.members, self.masks, strict=True)
-            ),
+            elements=sum(parameter.numel() for parameter, _ in pairs),
+            zeros=sum(_zeros(self.keep_mask(mask), parameter) for parameter, mask in pairs),
+            sampled=sum(_zeros(mask.keep, parameter) for parameter, mask in pairs if mask.keep is not None),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],
         )
