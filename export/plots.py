@@ -1,0 +1,58 @@
+"""Pictures of results, drawn without a display."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from td_plugin.files import staged_file
+
+Curve = Sequence[tuple[float, float]]
+COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind readers, and in print
+MARKERS = ("o", "s", "^", "D")
+
+
+def plot_accuracy(
+    curves: Mapping[str, Curve], target: str | os.PathLike[str], *, title: str = "", trained_at: float | None = None
+) -> Path:
+    """Draw accuracy against sparsity and write a PNG (or what the suffix of `target` asks for).
+
+    Args:
+        curves: legend entry -> points (share of units pruned, accuracy), both in [0, 1].
+        target: the file to write.
+        title: above the plot.
+        trained_at: the γ that the training was told; drawn as a vertical line.
+
+    Raises:
+        TdError: the file cannot be written.
+    """
+    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
+    if trained_at is not None:
+        axes.axvline(trained_at, color="#999999", linewidth=1.0, linestyle="--", zorder=0)
+        axes.annotate(
+            f"trained for γ = {trained_at:g}",
+            (trained_at, 0.02),
+            xytext=(-6, 0),
+            textcoords="offset points",
+            ha="right",
+            color="#666666",
+            fontsize=9,
+        )
+    axes.set(xlabel="units pruned", ylabel="test accuracy", xlim=(-0.02, None), ylim=(0.0, 1.02))
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(color="#e0e0e0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    with staged_file(target) as path:
+        figure.savefig(path)
+    return Path(target)

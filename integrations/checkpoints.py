@@ -1,0 +1,102 @@
+"""Checkpoint directories in, results of the export package out: what the command line does with a saved model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from td_plugin.errors import TdError
+from td_plugin.export import load_pretrained, save_pretrained, to_onnx, verify
+from td_plugin.export.example_inputs import inputs_for_model
+from td_plugin.export.inspection import GraphInspection, inspect_graph
+from td_plugin.export.probes import make_probe_batches
+from td_plugin.export.shrink import shrink
+from td_plugin.export.verify import ParityReport
+from td_plugin.files import staged_directory
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # what belongs to a checkpoint besides the model: tokenizer or image processor
+
+
+@dataclass(frozen=True)
+class ShrinkResult:
+    """What `shrink_checkpoint` did; `str()` is one line.
+
+    Attributes:
+        output: where the smaller model is.
+        before: parameters of the model that was read.
+        after: parameters of the smaller one.
+    """
+
+    output: str
+    before: int
+    after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Counts and the place."""
+        return f"{self.before:,} parameters -> {self.after:,} ({self.after / self.before:.1%}): {self.output}"
+
+
+def load_checkpoint(directory: Path) -> PreTrainedModel:
+    """The transformers model in `directory`, dense, masked or shrunk, in evaluation mode.
+
+    Raises:
+        TdError: no checkpoint, a damaged one, or one of another module than transformers'.
+    """
+    model = load_pretrained(directory)
+    if not isinstance(model, PreTrainedModel):
+        raise TdError("not a checkpoint of transformers", where=str(directory), got=type(model).__name__)
+    return model
+
+
+def shrink_checkpoint(directory: Path, output: Path) -> ShrinkResult:
+    """Remove the silent units of a pruned checkpoint; tokenizer or image processor are copied along.
+
+    Raises:
+        TdError: the checkpoint cannot be read, nothing can be removed, or `output` cannot be written.
+    """
+    model = load_checkpoint(directory)
+    small = shrink(model)
+    with staged_directory(output) as stage:
+        save_pretrained(small, stage)
+        for name in COMPANIONS:
+            if (directory / name).is_file():
+                shutil.copy(directory / name, stage / name)
+    return ShrinkResult(str(output), model.num_parameters(), small.num_parameters())
+
+
+def export_checkpoint(directory: Path, output: Path, opset: int = 20) -> GraphInspection:
+    """Write the checkpoint as ONNX, verified on random inputs.
+
+    Raises:
+        TdError: the checkpoint cannot be read or exported, the file differs from the model or cannot be written.
+    """
+    model = load_checkpoint(directory)
+    return inspect_graph(to_onnx(model, output, inputs_for_model(model), opset=opset))
+
+
+def verify_checkpoint(directory: Path, file: Path, tolerance: float | None = None) -> ParityReport:
+    """Compare the ONNX file with the checkpoint on random inputs of several sizes.
+
+    Raises:
+        TdError: one of the two cannot be read, or they differ.
+    """
+    model = load_checkpoint(directory)
+    return verify(model, file, make_probe_batches(inputs_for_model(model)), tolerance=tolerance)

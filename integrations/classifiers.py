@@ -1,0 +1,112 @@
+"""Pretrained classifiers: the model with a head that fits the labels, its tokenizer or image processor, its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    default_data_collator,
+)
+
+from td_plugin.errors import TdError
+from td_plugin.integrations.data import LabelledData
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model and all that turns rows into its inputs.
+
+    Attributes:
+        model: with one output per label.
+        processor: the tokenizer or image processor; has `save_pretrained`.
+        train: rows as model inputs, with ``labels``.
+        validation: the same for evaluation.
+        collate: rows -> batch of tensors.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    train: Dataset
+    validation: Dataset
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+
+def load_classifier(name: str, data: LabelledData, max_length: int) -> Classifier:
+    """Load model and processor from a local directory or the hub and prepare both splits.
+
+    Raises:
+        TdError: the model or its processor cannot be read, or its trained head does not fit the labels.
+    """
+    config = _read(name, "model configuration", AutoConfig.from_pretrained)
+    _check_head(name, config, data.labels)
+    processor = _processor(name, data.task)
+    auto = AutoModelForSequenceClassification if data.task == "text" else AutoModelForImageClassification
+    config.id2label = dict(enumerate(data.labels))
+    config.label2id = {label: index for index, label in enumerate(data.labels)}
+    model = _read(name, "model", lambda path: auto.from_pretrained(path, config=config))
+    if data.task == "text":
+        train, validation = (_tokenized(split, data, processor, max_length) for split in (data.train, data.validation))
+        return Classifier(model, processor, train, validation, DataCollatorWithPadding(processor))
+    train, validation = (_with_pixels(split, data, processor) for split in (data.train, data.validation))
+    return Classifier(model, processor, train, validation, default_data_collator)
+
+
+def _read(name: str, what: str, load: Callable[[str], Loaded]) -> Loaded:
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise TdError("no such model directory", where=name)
+    try:
+        return load(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise TdError(f"the {what} cannot be read", where=name, got=reason) from error
+
+
+def _processor(name: str, task: str) -> Any:
+    if task == "text":
+        return _read(name, "tokenizer", AutoTokenizer.from_pretrained)
+    return _read(name, "image processor", AutoImageProcessor.from_pretrained)
+
+
+def _check_head(name: str, config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
+    """A head that was trained for other classes must not be re-initialised in silence."""
+    has_head = any(architecture.endswith("Classification") for architecture in config.architectures or [])
+    if has_head and config.num_labels != len(labels):
+        raise TdError(
+            f"the model's head has {config.num_labels} classes, the data set {len(labels)}",
+            where=name,
+            got=f"labels {', '.join(labels[:10])}",
+            fix="start from an encoder without a head, or choose another --label-column",
+        )
+
+
+def _tokenized(split: Dataset, data: LabelledData, tokenizer: Any, max_length: int) -> Dataset:
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        inputs = tokenizer(rows[data.input_column], truncation=True, max_length=max_length)
+        return {**inputs, "labels": rows[data.label_column]}
+
+    return split.map(encode, batched=True, remove_columns=split.column_names, desc="tokenize")
+
+
+def _with_pixels(split: Dataset, data: LabelledData, processor: Any) -> Dataset:
+    """Images are decoded when they are read: a whole split of pixels does not fit in memory."""
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in rows[data.input_column]]
+        return {**processor(images, return_tensors="pt"), "labels": rows[data.label_column]}
+
+    return split.with_transform(encode)
