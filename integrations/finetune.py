@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,14 +82,18 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 
 def check_writable(output: Path) -> None:
-    """Refuse, before hours of training, an output directory that could not be written. Writes nothing itself.
+    """Refuse, before hours of training, an output directory that could not be written. Leaves nothing behind.
 
     Raises:
-        TdError: it is a file, lies under one, or under a directory without write permission.
+        TdError: it is a file, lies under one, or its nearest existing parent takes no new file.
     """
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise TdError("the output directory cannot be written", where=str(output), fix="choose a writable path")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".td-plugin.", dir=existing):  # permission bits do not tell it all
+            pass
+    except OSError as error:
+        fix = "choose a writable path"
+        raise TdError("the output directory cannot be written", where=str(output), got=error, fix=fix) from error
 
 
 def started(callback: TargetedDropoutCallback) -> TargetedDropout:

@@ -199,12 +199,8 @@ def benchmark(
     from td_plugin.export.example_inputs import inputs_for_graph
 
     named = _named(files)
-    _show(
-        lambda: run(
-            named, inputs_for_graph(next(iter(named.values())), batch, sequence), threads=threads, rounds=rounds
-        ),
-        as_json,
-    )
+    inputs = inputs_for_graph(next(iter(named.values())), batch, sequence)
+    _show(lambda: run(named, inputs, threads=threads, rounds=rounds, progress=sys.stderr.isatty()), as_json)
 
 
 def _named(files: list[str]) -> dict[str, str]:
