@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,16 +50,21 @@ class Classifier:
 def load_classifier(name: str, data: LabelledData, max_length: int) -> Classifier:
     """Load model and processor from a local directory or the hub and prepare both splits.
 
+    A head for another number of classes is replaced, with a warning.
+
     Raises:
-        TdError: the model or its processor cannot be read, or its trained head does not fit the labels.
+        TdError: the model or its processor cannot be read.
     """
     config = _read(name, "model configuration", AutoConfig.from_pretrained)
-    _check_head(name, config, data.labels)
+    replaced = _replaces_head(name, config, data.labels)
     processor = _processor(name, data.task)
     auto = AutoModelForSequenceClassification if data.task == "text" else AutoModelForImageClassification
     config.id2label = dict(enumerate(data.labels))
     config.label2id = {label: index for index, label in enumerate(data.labels)}
-    model = _read(name, "model", lambda path: auto.from_pretrained(path, config=config))
+    # Only the head can differ in size: everything else is built from the checkpoint's own configuration.
+    model = _read(
+        name, "model", lambda path: auto.from_pretrained(path, config=config, ignore_mismatched_sizes=replaced)
+    )
     if data.task == "text":
         train, validation = (_tokenized(split, data, processor, max_length) for split in (data.train, data.validation))
         return Classifier(model, processor, train, validation, DataCollatorWithPadding(processor))
@@ -82,16 +88,16 @@ def _processor(name: str, task: str) -> Any:
     return _read(name, "image processor", AutoImageProcessor.from_pretrained)
 
 
-def _check_head(name: str, config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
-    """A head that was trained for other classes must not be re-initialised in silence."""
+def _replaces_head(name: str, config: PreTrainedConfig, labels: tuple[str, ...]) -> bool:
+    """Whether the checkpoint's head was trained for another number of classes; said, since it starts anew then."""
     has_head = any(architecture.endswith("Classification") for architecture in config.architectures or [])
-    if has_head and config.num_labels != len(labels):
-        raise TdError(
-            f"the model's head has {config.num_labels} classes, the data set {len(labels)}",
-            where=name,
-            got=f"labels {', '.join(labels[:10])}",
-            fix="start from an encoder without a head, or choose another --label-column",
-        )
+    if not has_head or config.num_labels == len(labels):
+        return False
+    warnings.warn(
+        f"the head of {name} has {config.num_labels} classes, the data set {len(labels)}: a new head is trained",
+        stacklevel=3,
+    )
+    return True
 
 
 def _tokenized(split: Dataset, data: LabelledData, tokenizer: Any, max_length: int) -> Dataset:

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 import td_plugin as td
 from td_plugin.export import load_pretrained
+from td_plugin.integrations.classifiers import load_classifier
 from td_plugin.integrations.config import DataConfig, FinetuneConfig, MethodConfig, TrainConfig
 from td_plugin.integrations.data import load_data
 from td_plugin.integrations.finetune import check_writable, finetune
@@ -33,6 +34,18 @@ def run(text_encoder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFact
     data = DataConfig(str(reviews), validation=str(reviews))
     method = MethodConfig("ramping_targeted_unit", sparsity_level=0.5)
     return output, finetune(FinetuneConfig(str(text_encoder), data, output, method, TRAIN))
+
+
+def test_a_head_for_other_classes_is_replaced_and_that_is_said(text_encoder: Path, tmp_path: Path) -> None:
+    BertForSequenceClassification.from_pretrained(text_encoder, num_labels=5).save_pretrained(tmp_path / "five")
+    AutoTokenizer.from_pretrained(text_encoder).save_pretrained(tmp_path / "five")
+    source = written(tmp_path / "rows.parquet", [{"text": "good", "label": i % 2} for i in range(8)])
+    with pytest.warns(UserWarning, match="has 5 classes, the data set 2: a new head"):
+        classifier = load_classifier(str(tmp_path / "five"), load_data(DataConfig(source)), 16)
+    assert classifier.model.classifier.out_features == 2
+    kept = BertForSequenceClassification.from_pretrained(tmp_path / "five").bert.state_dict()
+    ours = classifier.model.bert.state_dict()
+    assert all(torch.equal(kept[name], ours[name]) for name in kept)
 
 
 class TestText:
@@ -177,13 +190,6 @@ class TestRefusedBeforeTraining:
                 check_writable(output)
         check_writable(tmp_path / "a" / "b")
         assert not (tmp_path / "a").exists()
-
-    def test_a_head_for_other_classes(self, text_encoder: Path, tmp_path: Path) -> None:
-        BertForSequenceClassification.from_pretrained(text_encoder, num_labels=5).save_pretrained(tmp_path / "five")
-        source = written(tmp_path / "rows.parquet", [{"text": "good", "label": i % 2} for i in range(8)])
-        with pytest.raises(td.TdError, match="head has 5 classes, the data set 2"):
-            finetune(FinetuneConfig(str(tmp_path / "five"), DataConfig(source), tmp_path / "run"))
-        assert not (tmp_path / "run").exists()
 
     def test_a_damaged_model(self, text_encoder: Path, reviews: Path, tmp_path: Path) -> None:
         model = tmp_path / "model"
