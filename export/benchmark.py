@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 from td_plugin.export.cold_start import cold_start
 from td_plugin.export.latency import Conditions, FileLatency, LatencyReport
 from td_plugin.export.probes import text_length

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 from td_plugin.export.cold_start import ColdStart
 from td_plugin.report import table
 

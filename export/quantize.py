@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 from td_plugin.export.session import is_quantized, open_session, read_graph, require
 from td_plugin.files import staged_file
 

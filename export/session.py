@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 
 if TYPE_CHECKING:
     import numpy as np

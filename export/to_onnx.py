@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 from td_plugin.export.probes import Batch, is_sequence, make_probe_batches, resized, text_length
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require

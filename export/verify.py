@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 from td_plugin.export.probes import Batch
 from td_plugin.export.probes import make_probe_batches as make_probe_batches
 from td_plugin.export.session import graph_inputs, is_quantized, open_session, read_graph

@@ -1,4 +1,4 @@
-"""The vocabulary every other file uses: `TdError`, `Evidence`, the four axes and `Recipe`.
+"""The vocabulary every other file uses: `Evidence`, the four axes and `Recipe`.
 
 A method of the targeted-dropout family is a point on four axes, each a value or a pure function:
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from td_plugin.errors import TdError as TdError
+from td_plugin.errors import TdError
 from td_plugin.schedules import Constant
 
 if TYPE_CHECKING:

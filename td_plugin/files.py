@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from td_plugin.contract import TdError
+from td_plugin.errors import TdError
 
 
 def _parent(target: Path) -> Path:
