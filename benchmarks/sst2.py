@@ -1,12 +1,13 @@
 """SST-2 with a pretrained encoder: what targeted unit dropout keeps where dense training, then pruning, does not.
 
-    python benchmarks/sst2.py train  --model DIR --train sst2_train.parquet --validation sst2_dev.parquet --seed 0
-    python benchmarks/sst2.py deploy --model DIR --train ...                --validation ...
+    python benchmarks/sst2.py train    --model DIR --train sst2_train.parquet --validation sst2_dev.parquet --seed 0
+    python benchmarks/sst2.py evaluate --model DIR --train ... --validation ...
+    python benchmarks/sst2.py deploy   --model DIR --train ... --validation ...
     python benchmarks/sst2.py report
 
 `train` makes one run per (method, seed) and skips those already on disk, so it can be stopped at any moment and several
-seeds can run side by side. `deploy` shrinks, exports, verifies and times the models of seed 0. `report` writes the
-tables and the raw numbers to docs/results/.
+seeds can run side by side. `evaluate` judges all of them in fp32. `deploy` shrinks, exports, verifies and times the
+models of seed 0. `report` prints the tables and writes plot and raw numbers to docs/results/.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 
 import td_plugin as td
 from td_plugin.export import benchmark, quantize, save_pretrained, shrink, to_onnx, verify
+from td_plugin.export.plots import plot_tradeoff
 from td_plugin.files import staged_directory, staged_file
 from td_plugin.integrations.classifiers import Classifier, load_classifier
 from td_plugin.integrations.config import DataConfig, TrainConfig
@@ -74,20 +76,32 @@ def train(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         trainer = make_trainer(classifier, config, str(args.output / "scratch"), callbacks)
         trainer.train()
-        result: dict[str, Any] = {"method": name, "seed": args.seed, "minutes": (time.perf_counter() - start) / 60}
+        result = {"method": name, "seed": args.seed, "minutes": (time.perf_counter() - start) / 60}
         if callbacks:
-            sparsifier = callbacks[0].sparsifier
-            with sparsifier.dense():
-                result["before_pruning"] = model_accuracy(trainer, classifier.model)
-            sparsifier.squash_mask()
-            result["after_pruning"] = model_accuracy(trainer, classifier.model)
-        else:
-            result["before_pruning"] = model_accuracy(trainer, classifier.model)
-            for level in LEVELS:
-                result[f"after_pruning_{level}"] = model_accuracy(trainer, prune(classifier.model, level))
+            callbacks[0].sparsifier.squash_mask()
         with staged_directory(directory) as stage:
             classifier.model.save_pretrained(stage)
             (stage / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Accuracy in fp32 of every checkpoint on disk: pruned, shrunk; the dense ones also pruned by magnitude."""
+    torch.set_num_threads(args.threads)
+    judge = make_trainer(load(args), TrainConfig(batch_size=32), str(args.output / "scratch"))
+    for path in sorted(args.output.glob("*-seed*/result.json")):
+        result = {key: json.loads(path.read_text())[key] for key in ("method", "seed", "minutes")}
+        model = AutoModelForSequenceClassification.from_pretrained(path.parent).eval()
+        result["accuracy"] = model_accuracy(judge, model)
+        if result["method"] == "dense":
+            result |= {f"magnitude_{level}": model_accuracy(judge, prune(model, level)) for level in LEVELS}
+        else:
+            small = shrink(model)
+            rows = next(iter(judge.get_eval_dataloader()))
+            with torch.no_grad():
+                difference = (small(**rows).logits - model(**rows).logits).abs().max().item()
+            result |= {"accuracy_shrunk": model_accuracy(judge, small), "logits_difference": difference}
+        with staged_file(path) as staged:
+            staged.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result), flush=True)
 
 
@@ -134,7 +148,7 @@ def deploy(args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train", "deploy", "report"])
+    parser.add_argument("stage", choices=["train", "evaluate", "deploy", "report"])
     parser.add_argument("--model", help="directory of the pretrained encoder")
     parser.add_argument("--train", help="parquet file with text and label")
     parser.add_argument("--validation", help="parquet file with text and label")
@@ -161,16 +175,23 @@ def _mean(values: list[float]) -> str:
 def accuracy_table(runs: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over the seeds, in percent."""
     dense = [run for run in runs if run["method"] == "dense"]
-    unpruned = _mean([run["before_pruning"] for run in dense])
     lines = [
-        "| pruned: neurons and heads | dense training, then magnitude | targeted dropout | seeds |",
-        "|---|---|---|---|",
-        f"| 0 % | {unpruned} | | {len(dense)} |",
+        "| neurons and heads removed | dense training, then magnitude | targeted dropout, masked | the same, shrunk |"
+        " largest logits difference masked/shrunk | seeds |",
+        "|---|---|---|---|---|---|",
+        f"| none | {_mean([run['accuracy'] for run in dense])} | | | | {len(dense)} |",
     ]
     for level in LEVELS:
-        targeted = [run["after_pruning"] for run in runs if run["method"] == f"targeted-{level}"]
-        magnitude = _mean([run[f"after_pruning_{level}"] for run in dense])
-        lines.append(f"| {level:.0%} | {magnitude} | **{_mean(targeted)}** | {len(targeted)} |")
+        targeted = [run for run in runs if run["method"] == f"targeted-{level}"]
+        cells = [
+            f"{level:.0%}",
+            _mean([run[f"magnitude_{level}"] for run in dense]),
+            f"**{_mean([run['accuracy'] for run in targeted])}**",
+            f"**{_mean([run['accuracy_shrunk'] for run in targeted])}**",
+            f"{max(run['logits_difference'] for run in targeted):.1e}",
+            str(len(targeted)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -197,19 +218,37 @@ def latency_table(latency: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def tradeoff(runs: list[dict[str, Any]], deployed: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Per method, (speed-up at batch 1 and sequence 128, accuracy): mean over the seeds, int8 of seed 0."""
+
+    def mean(method: str, key: str) -> float:
+        return statistics.mean(run[key] for run in runs if run["method"] == method)
+
+    row = next(row for row in deployed["latency"] if (row["batch"], row["sequence"]) == (1, 128))
+    faster = {name: speedup["median"] for name, speedup in row["speedup"].items()}
+    dense, pruned = (1.0, mean("dense", "accuracy")), [f"targeted-{level}" for level in LEVELS]
+    return {
+        "dense, then magnitude": [dense, *((faster[f"targeted-{g}"], mean("dense", f"magnitude_{g}")) for g in LEVELS)],
+        "targeted dropout": [dense, *((faster[name], mean(name, "accuracy_shrunk")) for name in pruned)],
+        "int8 (one seed)": [
+            (faster[f"{name} int8"], deployed["models"][name]["accuracy_int8"]) for name in ("dense", *pruned)
+        ],
+    }
+
+
 def report(args: argparse.Namespace) -> None:
-    """Write docs/results/sst2.json and sst2.md from what is on disk."""
+    """Write docs/results/sst2.json and sst2.png from what is on disk, and print the tables of docs/results.md."""
     runs = [json.loads(path.read_text()) for path in sorted(args.output.glob("*-seed*/result.json"))]
     deployed = json.loads((args.output / "deploy.json").read_text())
     target = Path("docs/results")
     text = [accuracy_table(runs), model_table(deployed["models"]), latency_table(deployed["latency"])]
     with staged_file(target / "sst2.json") as path:
         path.write_text(json.dumps({"runs": runs, **deployed}, indent=1) + "\n")
-    with staged_file(target / "sst2.md") as path:
-        path.write_text("\n\n".join(text) + "\n")
+    title, conditions = "SST-2, 6-layer encoder", "onnxruntime, 1 thread, batch 1 × 128 tokens"
+    plot_tradeoff(tradeoff(runs, deployed), target / "sst2.png", title=title, conditions=conditions)
     print("\n\n".join(text))
 
 
 if __name__ == "__main__":
     arguments = parse()
-    {"train": train, "deploy": deploy, "report": report}[arguments.stage](arguments)
+    {"train": train, "evaluate": evaluate, "deploy": deploy, "report": report}[arguments.stage](arguments)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -30,10 +31,7 @@ def plot_accuracy(
     Raises:
         TdError: the file cannot be written.
     """
-    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
+    figure, axes = _canvas(curves, title)
     if trained_at is not None:
         axes.axvline(trained_at, color="#999999", linewidth=1.0, linestyle="--", zorder=0)
         axes.annotate(
@@ -46,13 +44,45 @@ def plot_accuracy(
             fontsize=9,
         )
     axes.set(xlabel="units pruned", ylabel="test accuracy", xlim=(-0.02, None), ylim=(0.0, 1.02))
-    axes.set_title(title, fontsize=11, loc="left")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return _saved(figure, target)
+
+
+def plot_tradeoff(
+    curves: Mapping[str, Curve], target: str | os.PathLike[str], *, title: str = "", conditions: str = ""
+) -> Path:
+    """Draw accuracy against measured speed-up and write a PNG (or what the suffix of `target` asks for).
+
+    Args:
+        curves: legend entry -> points (times faster than the dense model, accuracy in [0, 1]).
+        target: the file to write.
+        title: above the plot.
+        conditions: what the speed-up was measured under; part of the axis label.
+
+    Raises:
+        TdError: the file cannot be written.
+    """
+    figure, axes = _canvas(curves, title)
+    axes.set(xlabel=f"speed-up over dense fp32{f' ({conditions})' if conditions else ''}", ylabel="accuracy")
+    axes.xaxis.set_major_formatter("{x:g}×")
+    return _saved(figure, target)
+
+
+def _canvas(curves: Mapping[str, Curve], title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
+    axes.set_title(title, fontsize=11, loc="left")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#e0e0e0", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower left")
+    return figure, axes
+
+
+def _saved(figure: Figure, target: str | os.PathLike[str]) -> Path:
     with staged_file(target) as path:
         figure.savefig(path)
     return Path(target)
