@@ -50,7 +50,6 @@ class TargetedDropout(BaseSparsifier):
             raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
         if eval_mask not in ("pruned", "dense"):
             raise TdError("unknown eval_mask", got=eval_mask, fix="'pruned' or 'dense'")
-        level = check_fraction(sparsity_level, "sparsity_level (γ)")
         self._switches = Switches(seed=seed, dense_eval=eval_mask == "dense")
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
@@ -59,6 +58,7 @@ class TargetedDropout(BaseSparsifier):
         self.model: nn.Module | None = None
         self.recipe = recipe
         self.step_count = self.micro_step = 0
+        level = check_fraction(sparsity_level, "sparsity_level (γ)")
         super().__init__({"sparsity_level": level, "drop_rate": recipe.drop_rate})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,9 +152,10 @@ class TargetedDropout(BaseSparsifier):
         self._prepared()
         if self.step_count == 0:
             raise TdError("redraw() before the first step()", fix="call step() before the first forward")
-        self.micro_step += 1
-        for target in self._targets:
-            target.draw(self.step_count - 1, self.micro_step, fresh=False)
+        if self.enable_mask_update:
+            self.micro_step += 1
+            for target in self._targets:
+                target.draw(self.step_count - 1, self.micro_step, fresh=False)
 
     def set_progress(self, progress: float) -> None:
         """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done."""
@@ -233,9 +234,8 @@ class TargetedDropout(BaseSparsifier):
         self._switches.seed = int(state_dict["seed"])
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
-        if self.step_count:
-            for target in self._targets:
-                target.draw(self.step_count - 1, self.micro_step, fresh=True)
+        for target in self._targets if self.step_count else ():
+            target.draw(self.step_count - 1, self.micro_step, fresh=True)
 
     def report(self) -> SparsityReport:
         """What the deterministic masks drop, per target and in total; after `squash_mask` the last one.

@@ -491,6 +491,7 @@ def test_c27_step_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     before = model[0].weight.clone()
     sparsifier.enable_mask_update = False
     sparsifier.step()
+    sparsifier.redraw()
     assert len(calls) == 4 and sparsifier.step_count == 2 and torch.equal(model[0].weight, before)
 
 
