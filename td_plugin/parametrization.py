@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from td_plugin.errors import TdError
 from td_plugin.masked_view import masked_view
 
 _STATE = "_td_masks"
@@ -123,7 +124,16 @@ def _property(name: str) -> property:
             return value
         return masked_view(value, masks.by_name[name].fqn)
 
-    return property(read)
+    def write(module: nn.Module, value: object) -> None:
+        # A Parameter never comes here: nn.Module keeps it with the others. A replica of nn.DataParallel does.
+        raise TdError(
+            "a masked tensor cannot be replaced by anything but a Parameter",
+            where=module.__dict__[_STATE].by_name[name].fqn,
+            got=type(value).__name__,
+            fix="train on several GPUs with one process each (torchrun, accelerate), not with nn.DataParallel",
+        )
+
+    return property(read, write)
 
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}

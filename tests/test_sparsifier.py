@@ -866,3 +866,12 @@ def test_repr_names_recipe_and_targets() -> None:
     _, sparsifier = make()
     assert "targeted_weight" in repr(sparsifier) and "2 targets" in repr(sparsifier)
     assert "not prepared" in repr(td.TargetedDropout(WEIGHT))
+
+
+def test_a_replica_of_data_parallel_says_what_to_use_instead() -> None:
+    model, _ = make()
+    replica = model[0]._replicate_for_data_parallel()
+    with pytest.raises(td.TdError, match=r"0\.weight.*one process each"):
+        replica.weight = torch.zeros(16, 8)
+    model[0].weight = nn.Parameter(torch.zeros(16, 8))
+    assert type(dense(model)["0.weight"]) is nn.Parameter and not dense(model)["0.weight"].any()
