@@ -52,14 +52,12 @@ class Mask:
     Attributes:
         source: the target it belongs to.
         fqn: fully qualified name of the tensor.
-        dim: the dimension that units or output rows occupy.
-        span: entries per unit along `dim`.
         keep: what this training step keeps, bool, broadcastable to the tensor; None before the first draw. It is
             replaced, never edited: the graph of an earlier forward still holds the old one.
     """
 
-    def __init__(self, source: MaskSource, fqn: str, dim: int, span: int = 1) -> None:
-        self.source, self.fqn, self.dim, self.span = source, fqn, dim, span
+    def __init__(self, source: MaskSource, fqn: str) -> None:
+        self.source, self.fqn = source, fqn
         self.keep: Tensor | None = None
         self._eval_keep: Tensor | None = None
         self._cached: Tensor | None = None

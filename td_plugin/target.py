@@ -71,7 +71,7 @@ class Target:
         self._candidates: Tensor | None = None
         self._key: tuple[object, ...] | None = None
         self._generation = 0
-        self.masks = [Mask(self, m.fqn, m.slice.dim, m.slice.span) for m in members]
+        self.masks = [Mask(self, m.fqn) for m in members]
         for member, mask in zip(members, self.masks, strict=True):
             attach(member.module, member.slice.tensor, mask)
 
