@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from td_plugin.export.session import open_session, read_graph
+from td_plugin.export.shrink import zero_units
 from td_plugin.report import table
-from td_plugin.structure import Slice, refused_groups, unit_groups
+from td_plugin.structure import refused_groups, unit_groups
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class UnitRow:
         layer: its fully qualified name.
         kind: neurons, heads or channels.
         units: how many there are.
-        silent: how many of them are zero already: `shrink` removes those.
+        silent: how many of them have no weights left: `shrink` removes those.
         parameters: in all slices of the units.
     """
 
@@ -96,14 +96,13 @@ class GraphInspection:
 
 
 def inspect_model(model: nn.Module) -> ModelInspection:
-    """Count parameters, zeros and units; silent units are those whose ranked and carried slices are all zero."""
+    """Count parameters, zeros and units; silent units are those that `shrink` finds."""
     tensors = dict(model.named_parameters())
     rows = []
     for group in unit_groups(model):
         own = (*group.ranked, *group.carried)
-        alive = torch.stack([_non_zero(tensors[s.fqn], s, group.units) for s in own]).any(dim=0)
         parameters = sum(tensors[s.fqn].numel() for s in (*own, *group.consumers))
-        rows.append(UnitRow(group.name, group.kind, group.units, int((~alive).sum()), parameters))
+        rows.append(UnitRow(group.name, group.kind, group.units, int(zero_units(model, group).sum()), parameters))
     return ModelInspection(
         type(model).__name__,
         sum(tensor.numel() for tensor in tensors.values()),
@@ -111,11 +110,6 @@ def inspect_model(model: nn.Module) -> ModelInspection:
         tuple(rows),
         refused_groups(model),
     )
-
-
-def _non_zero(tensor: Tensor, part: Slice, units: int) -> Tensor:
-    """``[units]``: whether the unit has an entry other than zero in this slice."""
-    return tensor.detach().movedim(part.dim, 0).reshape(units, -1).ne(0).any(dim=1)
 
 
 def inspect_graph(path: str | os.PathLike[str]) -> GraphInspection:

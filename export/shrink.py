@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.export.modes import evaluating
 from td_plugin.parametrization import bake
 from td_plugin.structure import Slice, UnitGroup, refused_groups, unit_groups
 
@@ -43,12 +44,8 @@ def shrink(model: Model, *, round_to: int | None = None) -> Model:
     groups = unit_groups(small)
     if not groups:
         raise TdError("no units of a known structure", where=type(model).__name__, got=_reasons(model), fix=_KNOWN)
-    modes = [(module, module.training) for module in small.modules()]
-    small.eval()  # constants are those of evaluation: norms use their running statistics
-    with torch.no_grad():
+    with evaluating(small), torch.no_grad():  # constants are those of evaluation: norms use their running statistics
         zeros, removed = _remove_zero_units(small, groups, round_to)
-    for module, training in modes:
-        module.training = training
     if removed == 0:
         raise _nothing_removed(model, zeros)
     return small
@@ -59,7 +56,7 @@ def _remove_zero_units(model: nn.Module, groups: list[UnitGroup], round_to: int 
     zeros, removed = 0, 0
     for index in range(len(groups)):  # in computing order: a cut may leave a unit of the next layer without weights
         group = groups[index]
-        zero = _zero_units(model, group)
+        zero = zero_units(model, group)
         keep = _kept(group, zero, round_to)
         zeros, removed = zeros + int(zero.sum()), removed + group.units - len(keep)
         if len(keep) == group.units:
@@ -107,8 +104,8 @@ def _ceil(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _zero_units(model: nn.Module, group: UnitGroup) -> Tensor:
-    """``[units]`` bool: every ranked slice of the unit is exactly zero."""
+def zero_units(model: nn.Module, group: UnitGroup) -> Tensor:
+    """``[units]`` bool, on the CPU: every ranked slice of the unit is exactly zero, so `shrink` can remove it."""
     rows = [_by_unit(_tensor(model, part), part) for part in group.ranked]
     return torch.stack([(row == 0).all(dim=1).cpu() for row in rows]).all(dim=0)
 

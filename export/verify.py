@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.export.modes import evaluating
 from td_plugin.export.probes import Batch
 from td_plugin.export.probes import make_probe_batches as make_probe_batches
 from td_plugin.export.session import graph_inputs, is_quantized, open_session, read_graph
@@ -138,19 +138,6 @@ def verify(
             rows.append(_compare(pairs, inputs))
             _judge(pairs, rows, precision, bar, label)
     return ParityReport(tuple(rows), precision, bar)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:  # parents come first, so a child that differed is set last
-            if module.training != training:
-                module.train(training)
 
 
 def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:

@@ -138,8 +138,8 @@ def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
     return Choice((Slice(name, "weight", dim),), bias, removable=False)
 
 
-def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
-    """The tensor name of one entry of the user's config, checked."""
+def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: set[int]) -> str:
+    """The tensor name of one entry of the user's config, checked against the `known` and the tied parameters."""
     if not isinstance(entry, dict):
         raise TdError("a config entry is not a dict", got=repr(entry), fix='{"tensor_fqn": "encoder.0.weight"}')
     unknown = sorted(set(entry) - set(_CONFIG_KEYS))
@@ -148,10 +148,10 @@ def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
         raise TdError("unknown key in the config", where=where, got=unknown, fix=fix)
     if "tensor_fqn" not in entry:
         raise TdError("a config entry names no tensor", got=entry, fix="add 'tensor_fqn': 'encoder.0.weight'")
-    name, known = str(entry["tensor_fqn"]), dict(model.named_parameters(remove_duplicate=False))
+    name = str(entry["tensor_fqn"])
     if name not in known:
         raise TdError("the model has no such parameter", where=name, fix=_nearest(name, known))
-    if id(known[name]) in _shared(model):
+    if id(known[name]) in shared:
         problem = "the tensor is tied: the same parameter serves another module"
         raise TdError(problem, where=name, fix="leave it out, or untie it first")
     if known[name].dim() < 2 or not known[name].is_floating_point():
@@ -164,18 +164,25 @@ def _check_entry(model: nn.Module, entry: dict[str, Any]) -> str:
     return name
 
 
-def _named(model: nn.Module, recipe: Recipe, entry: dict[str, Any], groups: list[UnitGroup]) -> Choice:
-    """The target that one entry of the user's config asks for."""
-    name = _check_entry(model, entry)
+def _named_by(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]]) -> Selection:
+    """The targets that the user's config asks for; what is looked up of the whole model is looked up once."""
+    known, shared = dict(model.named_parameters(remove_duplicate=False)), _shared(model)
+    names = [_check_entry(entry, known, shared) for entry in config]
+    groups = {s.fqn: group for group in unit_groups(model) for s in group.ranked} if recipe.granularity.kinds else {}
+    choices = [_named(model, recipe, name, entry, groups) for name, entry in zip(names, config, strict=True)]
+    return Selection(choices, {})
+
+
+def _named(model: nn.Module, recipe: Recipe, name: str, entry: dict[str, Any], groups: dict[str, UnitGroup]) -> Choice:
+    """The target that one entry asks for; `groups` by the names of their ranked tensors."""
     overrides = {key: check_fraction(entry[key], key, where=name) for key in _CONFIG_KEYS[1:] if key in entry}
     module_name, _, tensor = name.rpartition(".")
     module = model.get_submodule(module_name)
     weight = Slice(module_name, tensor, _named_output_dim(name, module))
     if not recipe.granularity.kinds:
         return Choice((weight,), (), overrides)
-    for group in groups:
-        if name in (s.fqn for s in group.ranked):
-            return Choice(group.ranked, group.carried, overrides)
+    if name in groups:
+        return Choice(groups[name].ranked, groups[name].carried, overrides)
     if tensor != "weight":
         fix = "use a weight recipe, or name a tensor called 'weight'"
         raise TdError("which bias belongs to these units is unknown", where=name, got=type(module).__name__, fix=fix)
@@ -206,8 +213,7 @@ def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None
     elif not isinstance(config, list):
         raise TdError("the config is not a list", got=repr(config), fix='[{"tensor_fqn": "encoder.0.weight"}]')
     else:
-        groups = unit_groups(model) if recipe.granularity.kinds else []
-        selection = Selection([_named(model, recipe, entry, groups) for entry in config], {})
+        selection = _named_by(model, recipe, config)
     if not selection.choices:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:8])
         raise TdError(

@@ -14,6 +14,12 @@ from td_plugin.criteria import magnitude, random
 from td_plugin.granularity import OutputRow, Units, WholeTensor
 from td_plugin.schedules import Cubic
 
+# Configurations of three-layer transformers whose widths are no multiples of anything convenient.
+TEXT = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
+DISTIL = {"vocab_size": 40, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 30}
+IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+IMAGE |= {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
+
 RECIPES: dict[str, td.Recipe] = {
     "targeted_weight": td.recipes.targeted_weight(0.5),
     "ramping_targeted_weight": td.recipes.ramping_targeted_weight(0.9),

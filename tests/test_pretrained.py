@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DISTIL, IMAGE, TEXT
 from torch import nn
 from transformers import (
     BertConfig,
@@ -29,11 +30,6 @@ import td_plugin as td
 from td_plugin.errors import TdError
 from td_plugin.export import load_pretrained, save_pretrained, shrink
 from td_plugin.structure import unit_groups
-
-TEXT = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
-DISTIL = {"vocab_size": 40, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 30}
-IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
-IMAGE |= {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
 
 MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "bert": (BertForSequenceClassification, BertConfig(**TEXT)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DISTIL, IMAGE, TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,11 +32,6 @@ from td_plugin.errors import TdError
 from td_plugin.export import shrink
 from td_plugin.export.shrink import _remove_zero_units, runtime_width
 from td_plugin.structure import Residue, Size, Slice, UnitGroup, refused_groups, unit_groups
-
-TEXT = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
-DISTIL = {"vocab_size": 40, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 30}
-IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
-IMAGE |= {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 30}
 
 CASES: dict[str, tuple[type[PreTrainedModel], Any, int]] = {
     # class, configuration, width of the residual stream
