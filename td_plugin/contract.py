@@ -66,12 +66,17 @@ class Granularity(Protocol):
         """The kinds of units this granularity drops whole; empty when it drops single weights."""
         ...
 
+    @property
+    def members(self) -> Literal["all", "producers"]:
+        """Whether the weights that read a unit are evidence of its importance, besides those that compute it."""
+        ...
+
     def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
         """``[*w] each -> [pools, groups]``."""
         ...
 
     def to_mask(self, groups: Tensor, slice_: Slice, shape: Sequence[int]) -> Tensor:
-        """``[pools, groups] -> `` a tensor that broadcasts to `shape`."""
+        """``[pools, groups] -> `` a tensor that broadcasts to `shape`; False for entries of no group."""
         ...
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.structure import Slice, UnitGroup, refused_groups, unit_groups
+from td_plugin.given import given_structure, nearest
+from td_plugin.granularity import KINDS
+from td_plugin.structure import Slice, Structure, UnitGroup, survey
 
 _EMBEDDING = re.compile(r"(^|[._])(embed(ding|dings|s)?|patch_embed(ding|dings)?|wte|wpe)([._]|$)", re.IGNORECASE)
 _CONFIG_KEYS = ("tensor_fqn", "sparsity_level", "drop_rate")
+_NO_UNITS = "its outputs are not units that can be removed, or not of this kind"
+
+Config = list[dict[str, Any]] | None
+"""torch.ao's: ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}`` for each target; None for all."""
+Inputs = Mapping[str, Any] | None
+"""As the model is called, by name."""
+Groups = Sequence[UnitGroup] | None
+"""Groups of units given by hand."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +38,20 @@ class Choice:
         carried: slices silenced with them.
         overrides: the user's γ and α for it.
         removable: whether `shrink` knows the layers that read the units; not for single weights.
+        evidence: slices that are ranked too but not silenced: what reads the units.
+        kind: of the units; empty for single weights.
     """
 
     ranked: tuple[Slice, ...]
     carried: tuple[Slice, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
     removable: bool = True
+    evidence: tuple[Slice, ...] = ()
+    kind: str = ""
 
     @property
     def slices(self) -> tuple[Slice, ...]:
-        """Ranked ones first."""
+        """What is masked, ranked ones first."""
         return self.ranked + self.carried
 
 
@@ -98,44 +111,65 @@ def _skip_reason(name: str, module: nn.Module, shared: set[int], logits: str | N
     return None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"nearest: {match[0]!r}" if match else "the model has no parameters"
-
-
-def _defaults(model: nn.Module, recipe: Recipe) -> Selection:
-    """Everything the recipe can drop: `config=None`."""
+def _defaults(model: nn.Module, recipe: Recipe, structure: Structure | None) -> Selection:
+    """Everything the recipe can drop: `config=None`; without a structure, single weights."""
     layers, shared = _layers(model), _shared(model)
     logits = next(reversed(layers), None)
     reasons = {name: _skip_reason(name, module, shared, logits) for name, (module, _) in layers.items()}
     skipped = {Slice(name, "weight", 0).fqn: reason for name, reason in reasons.items() if reason}
     free = {name: layer for name, layer in layers.items() if reasons[name] is None}
-    if not recipe.granularity.kinds:
+    if structure is None:
         return Selection([Choice((Slice(name, "weight", dim),)) for name, (_, dim) in free.items()], skipped)
-    groups, refused = unit_groups(model), refused_groups(model)
-    if not groups and not refused:
+    if not structure.groups and not structure.fixed:
         return Selection([_whole_layer(name, *layer) for name, layer in free.items()], skipped)
-    choices = []
-    for group in groups:
-        tied = any(id(_parameter(model, s)) in shared for s in group.ranked + group.carried)
-        if group.kind in recipe.granularity.kinds and not tied:
-            choices.append(Choice(group.ranked, group.carried))
+    choices, others = [], dict[str, str]()
+    for group in structure.groups:
+        fault = f"its units are {group.kind}" if group.kind not in recipe.granularity.kinds else _fault(model, group)
+        if fault:
+            others.update({part.fqn: fault for part in group.ranked})
+        else:
+            choices.append(_units(model, recipe, group))
+    fixed = {group.name: group.reason for group in structure.fixed}
     chosen = {s.fqn for choice in choices for s in choice.ranked}
     for name in free:
         tensor = Slice(name, "weight", 0).fqn
-        if tensor not in chosen:
-            skipped[tensor] = refused.get(name, "its outputs are not units that can be removed, or not of this kind")
+        if tensor in chosen:
+            skipped.pop(tensor, None)
+        else:
+            skipped[tensor] = fixed.get(name) or others.get(tensor, _NO_UNITS)
     return Selection(choices, skipped)
 
 
 def _parameter(model: nn.Module, slice_: Slice) -> nn.Parameter | None:
-    return model.get_submodule(slice_.module)._parameters[slice_.tensor]
+    return model.get_submodule(slice_.module)._parameters.get(slice_.tensor)
+
+
+def _fault(model: nn.Module, group: UnitGroup) -> str:
+    """Why the units of `group` cannot be masked; empty if they can."""
+    plain = (part.fqn for part in group.ranked + group.carried if _parameter(model, part) is None)
+    return next((f"{name} belongs to its units and is no parameter" for name in plain), "")
+
+
+def _units(model: nn.Module, recipe: Recipe, group: UnitGroup, overrides: dict[str, Any] | None = None) -> Choice:
+    """The target that drops the units of `group`; a tied parameter counts once, whatever its names."""
+    seen: set[tuple[object, ...]] = set()
+
+    def fresh(parts: tuple[Slice, ...]) -> tuple[Slice, ...]:
+        keys = [(id(_parameter(model, part)), part.dim, part.span, part.owners) for part in parts]
+        kept = tuple(part for i, part in enumerate(parts) if keys[i] not in seen and keys[i] not in keys[:i])
+        seen.update(keys)
+        return kept
+
+    ranked, carried = fresh(group.ranked), fresh(group.carried)
+    reads = group.consumers if recipe.granularity.members == "all" else ()
+    evidence = fresh(tuple(part for part in reads if _parameter(model, part) is not None))
+    return Choice(ranked, carried, overrides or {}, evidence=evidence, kind=group.kind)
 
 
 def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
     """Every output of one layer as a unit: weight row and bias."""
     bias = (Slice(name, "bias", 0),) if module._parameters.get("bias") is not None else ()
-    return Choice((Slice(name, "weight", dim),), bias, removable=False)
+    return Choice((Slice(name, "weight", dim),), bias, removable=False, kind="neurons")
 
 
 def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: set[int]) -> str:
@@ -144,13 +178,13 @@ def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: 
         raise TdError("a config entry is not a dict", got=repr(entry), fix='{"tensor_fqn": "encoder.0.weight"}')
     unknown = sorted(set(entry) - set(_CONFIG_KEYS))
     if unknown:
-        where, fix = str(entry.get("tensor_fqn", "")), _nearest(unknown[0], _CONFIG_KEYS)
+        where, fix = str(entry.get("tensor_fqn", "")), nearest(unknown[0], _CONFIG_KEYS)
         raise TdError("unknown key in the config", where=where, got=unknown, fix=fix)
     if "tensor_fqn" not in entry:
         raise TdError("a config entry names no tensor", got=entry, fix="add 'tensor_fqn': 'encoder.0.weight'")
     name = str(entry["tensor_fqn"])
     if name not in known:
-        raise TdError("the model has no such parameter", where=name, fix=_nearest(name, known))
+        raise TdError("the model has no such parameter", where=name, fix=nearest(name, known))
     if id(known[name]) in shared:
         problem = "the tensor is tied: the same parameter serves another module"
         raise TdError(problem, where=name, fix="leave it out, or untie it first")
@@ -164,11 +198,15 @@ def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: 
     return name
 
 
-def _named_by(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]]) -> Selection:
+def _named_by(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]], structure: Structure | None) -> Selection:
     """The targets that the user's config asks for; what is looked up of the whole model is looked up once."""
     known, shared = dict(model.named_parameters(remove_duplicate=False)), _shared(model)
     names = [_check_entry(entry, known, shared) for entry in config]
-    groups = {s.fqn: group for group in unit_groups(model) for s in group.ranked} if recipe.granularity.kinds else {}
+    groups: dict[str, UnitGroup] = {}
+    for kinds in (KINDS, recipe.granularity.kinds):  # the recipe's own kinds come first, so are written last
+        for group in structure.groups if structure else ():
+            if group.kind in kinds:
+                groups.update({part.fqn: group for part in group.ranked})
     choices = [_named(model, recipe, name, entry, groups) for name, entry in zip(names, config, strict=True)]
     return Selection(choices, {})
 
@@ -182,38 +220,68 @@ def _named(model: nn.Module, recipe: Recipe, name: str, entry: dict[str, Any], g
     if not recipe.granularity.kinds:
         return Choice((weight,), (), overrides)
     if name in groups:
-        return Choice(groups[name].ranked, groups[name].carried, overrides)
+        if fault := _fault(model, groups[name]):
+            raise TdError("these units cannot be masked", where=name, got=fault, fix="leave the tensor out")
+        return _units(model, recipe, groups[name], overrides)
     if tensor != "weight":
         fix = "use a weight recipe, or name a tensor called 'weight'"
         raise TdError("which bias belongs to these units is unknown", where=name, got=type(module).__name__, fix=fix)
-    return Choice((weight,), _whole_layer(module_name, module, weight.dim).carried, overrides, removable=False)
+    return replace(_whole_layer(module_name, module, weight.dim), overrides=overrides)
 
 
-def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None) -> Selection:
+def _check_once(model: nn.Module, choices: Sequence[Choice]) -> None:
+    """No parameter may carry two masks."""
+    taken: dict[int, Choice] = {}
+    for choice in choices:
+        for part in choice.slices:
+            other = taken.setdefault(id(_parameter(model, part)), choice)
+            if other is choice and sum(s.fqn == part.fqn for s in choice.slices) == 1:
+                continue
+            got, fix = None, "name every tensor, or every unit, once"
+            if other.kind != choice.kind:
+                got = f"by the {other.kind} of {other.ranked[0].fqn} and by the {choice.kind} of {choice.ranked[0].fqn}"
+                fix = f"one recipe for one kind of these units: kinds=({choice.kind!r},)"
+            raise TdError("a tensor is asked for twice", where=part.fqn, got=got, fix=fix)
+
+
+def _structure(model: nn.Module, recipe: Recipe, inputs: Inputs, groups: Groups) -> Structure | None:
+    """What units there are, looked up once; None for a recipe of single weights."""
+    if recipe.granularity.kinds:
+        return survey(model, inputs) if groups is None else given_structure(model, groups)
+    if groups is not None:
+        problem = "groups of units for a recipe that drops single weights"
+        raise TdError(problem, where=f"recipe {recipe.name!r}", fix="leave groups out, or use a unit recipe")
+    return None
+
+
+def select(
+    model: nn.Module, recipe: Recipe, config: Config = None, example_inputs: Inputs = None, groups: Groups = None
+) -> Selection:
     """Choose the targets.
 
     With `config=None`: for a weight recipe every Linear, Conv1d, Conv2d and HF Conv1D weight (subclasses too) but for
-    embeddings, tied weights and the last layer, which makes the logits. For a unit recipe the units `unit_groups`
-    finds; where it knows nothing of the model, the outputs of those same layers.
+    embeddings, tied weights and the last layer, which makes the logits. For a unit recipe the units `survey` finds;
+    where it knows nothing of the model, the outputs of those same layers.
 
     Args:
         model: not prepared yet.
         recipe: decides between weights and units.
         config: torch.ao's list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, or None. With a
             unit recipe any weight of a unit names the whole of it (`query.weight` the heads).
+        example_inputs: for `survey`, where it traces the model.
+        groups: the units, in place of those `survey` finds.
 
     Returns:
         the choices in the model's order and the tensors skipped, with reasons.
 
     Raises:
-        TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor named twice; nothing to prune.
+        TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor named twice; wrong groups;
+            nothing to prune.
     """
-    if config is None:
-        selection = _defaults(model, recipe)
-    elif not isinstance(config, list):
+    if config is not None and not isinstance(config, list):
         raise TdError("the config is not a list", got=repr(config), fix='[{"tensor_fqn": "encoder.0.weight"}]')
-    else:
-        selection = _named_by(model, recipe, config)
+    structure = _structure(model, recipe, example_inputs, groups)
+    selection = _defaults(model, recipe, structure) if config is None else _named_by(model, recipe, config, structure)
     if not selection.choices:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:8])
         raise TdError(
@@ -221,9 +289,5 @@ def select(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]] | None
             got=reasons or "no Linear, Conv1d, Conv2d or Conv1D layer",
             fix='name a tensor: config=[{"tensor_fqn": "..."}]',
         )
-    taken: set[str] = set()
-    for name in (s.fqn for choice in selection.choices for s in choice.slices):
-        if name in taken:
-            raise TdError("a tensor is asked for twice", where=name, fix="name every tensor, or every unit, once")
-        taken.add(name)
+    _check_once(model, selection.choices)
     return selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ class Switches:
     dense_eval: bool = False
 
 
+Holder = tuple[nn.Module, str]
+"""A module and the name it has for a parameter."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One tensor of a target.
@@ -35,11 +40,15 @@ class Member:
         module: the module that holds it.
         slice: its name and the dimension its groups occupy.
         ranked: whether it takes part in the ranking; biases and norms do not.
+        masked: whether it is dropped with its groups; what only reads them is evidence and stays as it is.
+        tied: other modules that hold the same parameter, with the name it has there.
     """
 
     module: nn.Module
     slice: Slice
     ranked: bool
+    masked: bool = True
+    tied: tuple[Holder, ...] = ()
 
     @property
     def fqn(self) -> str:
@@ -51,7 +60,8 @@ class Member:
         """The dense tensor."""
         parameter = self.module._parameters.get(self.slice.tensor)
         if parameter is None:
-            raise TdError("a masked parameter has been removed from its module", where=self.fqn, fix="squash first")
+            problem = f"a {'masked' if self.masked else 'ranked'} parameter has been removed from its module"
+            raise TdError(problem, where=self.fqn, fix="squash first")
         return parameter
 
 
@@ -60,20 +70,22 @@ class Target:
 
     Attributes:
         config: the live entry of `sparsifier.groups`; schedulers write `sparsity_level` into it.
-        members: ranked ones first.
+        members: the masked ones, ranked ones first.
         owner: the sparsifier, weakly.
     """
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], members: list[Member], switches: Switches) -> None:
-        self.recipe, self.config, self.members, self.switches = recipe, config, members, switches
+        self.recipe, self.config, self.switches = recipe, config, switches
         self.owner: weakref.ref[object] | None = None
+        self.members = [m for m in members if m.masked]
         self._ranked = [m for m in members if m.ranked]
         self._candidates: Tensor | None = None
         self._key: tuple[object, ...] | None = None
         self._generation = 0
-        self.masks = [Mask(self, m.fqn) for m in members]
-        for member, mask in zip(members, self.masks, strict=True):
-            attach(member.module, member.slice.tensor, mask)
+        self.masks = [Mask(self, m.fqn) for m in self.members]
+        for member, mask in zip(self.members, self.masks, strict=True):
+            for module, name in ((member.module, member.slice.tensor), *member.tied):
+                attach(module, name, mask)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None}
@@ -142,8 +154,8 @@ class Target:
         """The deterministic keep-mask of one member, bool, broadcastable to it."""
         member = self.members[self.masks.index(mask)]
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
-            kept = ~self._select(self.shipped_level)
-            return self.recipe.granularity.to_mask(kept, member.slice, member.parameter.shape)
+            dropped = self._select(self.shipped_level)
+            return ~self.recipe.granularity.to_mask(dropped, member.slice, member.parameter.shape)
 
     def keep_masks(self) -> dict[str, Tensor]:
         """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""
@@ -202,26 +214,47 @@ def _zeros(keep: Tensor, parameter: Tensor) -> int:
     return int((~keep).sum()) * parameter.numel() // keep.numel()
 
 
-def make_target(
-    model: nn.Module, recipe: Recipe, choice: Choice, defaults: dict[str, Any], switches: Switches
-) -> Target:
-    """Put masks on the tensors of `choice`; the config holds torch.ao's keys, the levels now and their targets.
+def make_targets(
+    model: nn.Module, recipe: Recipe, choices: Sequence[Choice], defaults: dict[str, Any], switches: Switches
+) -> list[Target]:
+    """Put masks on the tensors of `choices`; each config holds torch.ao's keys, the levels now and their targets.
 
     Args:
         model: the whole model.
         recipe: how to rank and draw.
-        choice: from `td_plugin.selection.select`.
-        defaults: γ and α where the choice has none of its own.
+        choices: from `td_plugin.selection.select`.
+        defaults: γ and α where a choice has none of its own.
         switches: shared by all targets of a sparsifier.
     """
-    members = [
-        Member(model.get_submodule(s.module), s, ranked)
-        for slices, ranked in ((choice.ranked, True), (choice.carried, False))
-        for s in slices
+    holders: dict[int, list[Holder]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
+    return [
+        Target(
+            recipe, _config(choice, {**defaults, **choice.overrides}, model), _members(model, choice, holders), switches
+        )
+        for choice in choices
     ]
-    first, levels = choice.ranked[0], {**defaults, **choice.overrides}
-    config = {
-        "module": members[0].module,
+
+
+def _members(model: nn.Module, choice: Choice, holders: dict[int, list[Holder]]) -> list[Member]:
+    roles = ((choice.ranked, True, True), (choice.carried, False, True), (choice.evidence, True, False))
+    members = []
+    for slices, ranked, masked in roles:
+        for part in slices:
+            module = model.get_submodule(part.module)
+            same = holders[id(module._parameters[part.tensor])] if masked else []
+            tied = tuple(holder for holder in same if holder != (module, part.tensor))
+            members.append(Member(module, part, ranked, masked, tied))
+    return members
+
+
+def _config(choice: Choice, levels: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    first = choice.ranked[0]
+    return {
+        "module": model.get_submodule(first.module),
         "module_fqn": first.module,
         "tensor_name": first.tensor,
         "tensor_fqn": first.fqn,
@@ -231,4 +264,3 @@ def make_target(
         "target_drop_rate": levels["drop_rate"],
         "eval_sparsity_level": None,
     }
-    return Target(recipe, config, members, switches)

@@ -1,0 +1,225 @@
+"""From labels to groups of units: which classes can shrink, and what belongs to them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from td_plugin.graph.labels import Labels, Owner
+from td_plugin.units import FixedGroup, Kind, MeanNorm, Read, Slice, UnitGroup, Work
+
+Signature = tuple[tuple[int, int], ...]
+"""(position among the owners, entries) of every tensor dimension a class runs through."""
+
+
+@dataclass
+class Found:
+    """The groups of a graph, before their attributes are known.
+
+    Attributes:
+        groups: can shrink.
+        fixed: cannot.
+        work: every product.
+        visitors: group name -> modules whose forward handles its activations.
+        hidden: the stream of residual layers: tensors that write to it, also where it cannot shrink.
+    """
+
+    groups: list[UnitGroup] = field(default_factory=list)
+    fixed: list[FixedGroup] = field(default_factory=list)
+    work: tuple[Work, ...] = ()
+    visitors: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Class:
+    """Classes of one signature: their roots, ``[units]``, and the reason why they are fixed, if any."""
+
+    signature: Signature
+    roots: Tensor
+    reason: str
+
+
+def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
+    """The groups that the labels describe.
+
+    Args:
+        labels: of the whole graph.
+        keep: fully qualified names of tensors whose units must all stay.
+    """
+    for owner in labels.owners:
+        if owner.tensor in keep:
+            labels.pin(torch.arange(owner.start, owner.start + owner.size), "the user keeps it")
+    root = labels.classes()
+    classes = _by_signature(labels, root)
+    marks = {name: _marked(labels, root, name) for name in ("heads", "residual", "conv")}
+    found, names = Found(), Counter[str]()
+    order = {key: place for place, key in enumerate(labels.roles)}
+    for one in sorted(classes, key=lambda c: _place(labels, c, order)):
+        slices = _slices(labels, root, one)
+        if not slices["ranked"]:
+            continue
+        kind = _kind(one, marks)
+        name = _name(slices["ranked"], kind)
+        if one.reason or not slices["consumer"]:
+            tensors = tuple(dict.fromkeys(s.fqn for s in chain(*slices.values())))
+            found.fixed.append(FixedGroup(name, tensors, len(one.roots), one.reason or "nothing in the model reads it"))
+            continue
+        names[name] += 1
+        if names[name] > 1:
+            name = f"{name}#{names[name]}"
+        found.groups.append(_group(labels, root, one, slices, name, kind))
+    found.work = tuple(_work(labels, root))
+    found.visitors = _visitors(labels, root, found.groups)
+    return found
+
+
+def _by_signature(labels: Labels, root: Tensor) -> list[_Class]:
+    places = torch.cat([torch.full((owner.size,), place) for place, owner in enumerate(labels.owners)] or [root[:0]])
+    roots = torch.cat([root[o.start : o.start + o.size] for o in labels.owners] or [root[:0]])
+    pairs, counts = torch.stack((roots, places)).unique(dim=1, return_counts=True)
+    members: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for one, place, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+        members[one].append((place, count))
+    reasons = _reasons(labels, root)
+    grouped: dict[tuple[Signature, str], list[int]] = defaultdict(list)
+    for one, signature in members.items():
+        grouped[tuple(signature), reasons.get(one, "")].append(one)
+    return [_Class(key[0], torch.tensor(found), key[1]) for key, found in grouped.items()]
+
+
+def _reasons(labels: Labels, root: Tensor) -> dict[int, str]:
+    """Pinned class -> the first reason."""
+    found: dict[int, str] = {}
+    for dim, reason in labels.pins:
+        for one in root[dim].unique().tolist():
+            found.setdefault(one, reason)
+    return found
+
+
+def _marked(labels: Labels, root: Tensor, mark: str) -> Tensor:
+    return torch.cat([root[dim] for dim, name in labels.marks if name == mark] or [root[:0]]).unique()
+
+
+def _place(labels: Labels, one: _Class, order: dict[tuple[str, int], int]) -> int:
+    owners = [labels.owners[place] for place, _ in one.signature]
+    return min(order.get((owner.tensor, owner.dim), len(order)) for owner in owners)
+
+
+def _slices(labels: Labels, root: Tensor, one: _Class) -> dict[str, tuple[Slice, ...]]:
+    """By role; units are numbered by their first entry in the first ranked tensor."""
+    owners = sorted((labels.owners[p] for p, _ in one.signature), key=lambda o: _order(labels, o))
+    by_role: dict[str, list[Owner]] = {"ranked": [], "carried": [], "consumer": [], "statistics": []}
+    for owner in owners:
+        roles = labels.roles.get((owner.tensor, owner.dim), {})
+        role = next((r for r in ("ranked", "consumer", "statistics", "carried") if r in roles), None)
+        by_role[role or "carried"].append(owner)
+    leading = (by_role["ranked"] or owners)[0]
+    found = root[leading.start : leading.start + leading.size]
+    number = torch.full((len(root),), -1)
+    first = found[torch.isin(found, one.roots)].tolist()
+    for unit, label in enumerate(dict.fromkeys(first)):
+        number[label] = unit
+    return {role: tuple(_slice(o, number[root[o.start : o.start + o.size]], len(one.roots)) for o in of) for role, of in by_role.items()}
+
+
+def _order(labels: Labels, owner: Owner) -> int:
+    return next((place for place, key in enumerate(labels.roles) if key == (owner.tensor, owner.dim)), len(labels.roles))
+
+
+def _slice(owner: Owner, units: Tensor, count: int) -> Slice:
+    module, _, tensor = owner.tensor.rpartition(".")
+    span = owner.size // count
+    regular = span * count == owner.size and torch.equal(units, torch.arange(owner.size) // span)
+    return Slice(module, tensor, owner.dim, span) if regular else Slice(module, tensor, owner.dim, 1, tuple(units.tolist()))
+
+
+def _kind(one: _Class, marks: dict[str, Tensor]) -> Kind:
+    def marked(name: str) -> bool:
+        return bool(torch.isin(one.roots[:1], marks[name]).any())
+
+    if marked("conv"):
+        return "channels"
+    if marked("heads"):
+        return "heads"
+    return "hidden" if marked("residual") else "neurons"
+
+
+def _name(ranked: Sequence[Slice], kind: Kind) -> str:
+    """The layer that computes the units; of heads, the module that holds query, key and value."""
+    if kind != "heads" or len(ranked) == 1:
+        return ranked[0].module or ranked[0].fqn
+    parts = [s.module.split(".") for s in ranked]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared) or ranked[0].module
+
+
+def _group(
+    labels: Labels, root: Tensor, one: _Class, slices: dict[str, tuple[Slice, ...]], name: str, kind: Kind
+) -> UnitGroup:
+    return UnitGroup(
+        name=name,
+        kind=kind,
+        units=len(one.roots),
+        ranked=slices["ranked"],
+        carried=slices["carried"],
+        consumers=slices["consumer"],
+        statistics=slices["statistics"],
+        sizes=(),
+        residue=None,
+        norms=_unique([norm for dim, norm in labels.norms if _touches(root, dim, one)]),
+        reads=_reads(labels, root, one),
+    )
+
+
+def _touches(root: Tensor, dim: Tensor, one: _Class) -> bool:
+    return bool(torch.isin(root[dim], one.roots).any())
+
+
+def _unique(norms: list[MeanNorm]) -> tuple[MeanNorm, ...]:
+    return tuple(dict.fromkeys(norms))
+
+
+def _reads(labels: Labels, root: Tensor, one: _Class) -> tuple[Read, ...]:
+    return tuple(dict.fromkeys(read for dim, read in labels.reads if _touches(root, dim, one)))
+
+
+def _work(labels: Labels, root: Tensor) -> Iterator[Work]:
+    starts = torch.tensor([owner.start for owner in labels.owners])
+    holders: dict[int, Owner] = {}
+    for owner in labels.owners:
+        holders.setdefault(int(root[owner.start]), owner)
+    for product in labels.products:
+        scales = []
+        for dim in product.dims:
+            owner = labels.owner(dim) or holders.get(int(root[dim[0]]))
+            if owner is not None:
+                scales.append((owner.tensor, owner.dim))
+        if product.flops:
+            yield Work(product.where, product.flops, tuple(scales))
+    del starts
+
+
+def _visitors(labels: Labels, root: Tensor, groups: Sequence[UnitGroup]) -> dict[str, frozenset[str]]:
+    leaders = {}
+    first = {(owner.tensor, owner.dim): owner for owner in labels.owners}
+    for group in groups:
+        part = group.ranked[0]
+        owner = first[part.fqn, part.dim]
+        unit = next(i for i, u in enumerate(part.units(owner.size).tolist()) if u == 0)
+        leaders[int(root[owner.start + unit])] = group.name
+    roots = torch.tensor(sorted(leaders))
+    visitors: dict[str, set[str]] = defaultdict(set)
+    for dim, module in labels.visits:
+        found = root[dim]
+        for one in roots[torch.isin(roots, found)].tolist():
+            visitors[leaders[one]].add(module)
+    return {name: frozenset(modules) for name, modules in visitors.items()}
