@@ -1,41 +1,55 @@
-"""Checkpoints of modules that transformers cannot build: ``model.safetensors`` and a record of widths and shapes.
+"""Checkpoints of modules that transformers cannot build: ``model.safetensors`` and a record of sizes.
 
-Loading cuts a copy of the dense module to the recorded widths, then loads strictly. The record, ``td_pruning.json``::
+Loading cuts a copy of the dense module to the recorded sizes, then loads strictly. The record, ``td_pruning.json``::
 
-    {"format": 1, "class": "Sequential", "widths": {"0": 48}, "tensors": {"0.weight": [48, 64], ...}}
+    {"format": 2, "class": "Sequential", "modules": {"0": "Linear"}, "lengths": {"": 1},
+     "tensors": {"0.weight": [48, 64], ...}, "unsaved": {}, "attributes": {"0.out_features": 48, ...}}
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from td_plugin.errors import TdError
-from td_plugin.export.shrink import cut
+from td_plugin.export.checkpoint_record import anatomy, anatomy_from_json, difference
+from td_plugin.export.resize import FORMAT, RecordError, cut_to_record
 from td_plugin.parametrization import bake
-from td_plugin.structure import unit_groups
 
 RECORD = "td_pruning.json"
 AGAIN = "save the model again"
-_WEIGHTS, _FORMAT = "model.safetensors", 1
+_WEIGHTS = "model.safetensors"
 
 
 def save_module(model: nn.Module, stage: Path) -> None:
     """Write weights and record of `model` into the folder `stage`."""
-    record = {
-        "format": _FORMAT,
-        "class": type(model).__name__,
-        "widths": {group.name: group.units for group in unit_groups(model)},
-        "tensors": _shapes(model),
-    }
+    record = {"format": FORMAT, "class": type(model).__name__, **asdict(anatomy(model))}
     _safetensors().save_model(model, str(stage / _WEIGHTS))
     (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_into(directory: str | os.PathLike[str], module_factory: Callable[[], nn.Module]) -> nn.Module:
+    """The ordinary module that `save_pretrained` wrote, in evaluation mode.
+
+    Args:
+        directory: a local directory.
+        module_factory: builds the dense module that the checkpoint was shrunk from: its class, or a function.
+
+    Raises:
+        TdError: no checkpoint of an ordinary module there, a file that is damaged, or another architecture.
+    """
+    path = Path(directory)
+    if not (path / RECORD).exists():
+        fix = "give the directory save_pretrained wrote for a module; load_pretrained loads transformers models"
+        raise TdError(f"the directory has no {RECORD}", where=str(path), fix=fix)
+    return load_module(path, module_factory())
 
 
 def load_module(path: Path, dense: nn.Module | None) -> nn.Module:
@@ -47,37 +61,27 @@ def load_module(path: Path, dense: nn.Module | None) -> nn.Module:
     if dense is None:
         fix = "load_pretrained(directory, module=the_dense_module)"
         raise TdError("a checkpoint of an ordinary module needs the dense module", where=str(path), fix=fix)
-    record = read_json(path / RECORD)
-    widths, tensors = record.get("widths"), record.get("tensors")
-    if record.get("format") != _FORMAT or not isinstance(widths, dict) or not isinstance(tensors, dict):
-        raise TdError("unknown or damaged record", where=str(path / RECORD), got=record.get("format"), fix=AGAIN)
-    if record.get("class") != type(dense).__name__:
-        raise other_architecture(path, expected=type(dense).__name__, got=record.get("class"))
+    content = read_json(path / RECORD)
+    if content.get("format") != FORMAT:
+        raise TdError("unknown or damaged record", where=str(path / RECORD), got=content.get("format"), fix=AGAIN)
+    try:
+        recorded = anatomy_from_json(content)
+    except RecordError as error:
+        raise damaged(path / RECORD, error) from error
+    if content.get("class") != type(dense).__name__:
+        raise other_architecture(path, expected=type(dense).__name__, got=content.get("class"))
     small = copy.deepcopy(dense)
     bake(small)
-    for group in unit_groups(small):
-        width = widths.get(group.name)
-        if type(width) is int and 1 <= width < group.units:
-            cut(small, group, torch.arange(width))
-    _add_biases(small, tensors)
-    shapes = _shapes(small)
-    for name in sorted(shapes.keys() | tensors.keys()):
-        if shapes.get(name) != tensors.get(name):
-            got = f"{name} is {tensors.get(name)} in the checkpoint and {shapes.get(name)} in the module"
-            raise other_architecture(path, expected="the module", got=got)
+    try:
+        cut_to_record(small, difference(anatomy(small), recorded))
+        left = difference(anatomy(small), recorded)
+    except RecordError as error:
+        raise other_architecture(path, expected="the module", got=error) from error
+    unknown = sorted(recorded.attributes.keys() - anatomy(small).attributes.keys())
+    if len(left) > 1 or unknown:
+        raise other_architecture(path, expected="the module", got=unknown[:3] or left)
     _load_tensors(small, path / _WEIGHTS)
     return small.eval()
-
-
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _add_biases(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """Give layers without a bias the one that folding made, where the checkpoint has it."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and layer.bias is None and f"{name}.bias" in tensors:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
 
 
 def _load_tensors(model: nn.Module, file: Path) -> None:
@@ -101,6 +105,12 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise TdError("safetensors is not installed", fix="pip install 'td-plugin[hf]'") from error
     return safetensors.torch
+
+
+def damaged(place: Path | str, error: RecordError) -> TdError:
+    """The error for a record that does not fit what it is applied to."""
+    where = f"{place}: {error.where}" if error.where else str(place)
+    return TdError("the record is damaged or does not fit the model", where=where, got=error.what, fix=AGAIN)
 
 
 def other_architecture(path: Path, *, expected: str, got: object) -> TdError:

@@ -3,186 +3,149 @@
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from td_plugin.cutting import cut, cut_all
 from td_plugin.errors import TdError
+from td_plugin.export.comparison import check_same, outputs_of
+from td_plugin.export.constants import fold, measure
 from td_plugin.export.modes import evaluating
+from td_plugin.export.optimizer_state import carry_over
+from td_plugin.export.removal import Removal, gone_entries, kept_units, plan, zero_units
+from td_plugin.export.residue import fold_residue
+from td_plugin.given import given_structure
+from td_plugin.layer_cutting import remove_layers
 from td_plugin.parametrization import bake
-from td_plugin.structure import Slice, UnitGroup, refused_groups, unit_groups
+from td_plugin.structure import survey
+from td_plugin.units import Structure, UnitGroup
+from td_plugin.widths import Rounding, runtime_width
+
+__all__ = ["cut", "runtime_width", "shrink", "zero_units"]
 
 Model = TypeVar("Model", bound=nn.Module)
+Kept = dict[str, dict[int, Tensor]]
+"""Fully qualified tensor name -> dimension -> the indices that stay."""
 
 
-def shrink(model: Model, *, round_to: int | None = None) -> Model:
+def shrink(
+    model: Model,
+    *,
+    round_to: Rounding = None,
+    floors: Mapping[str, int] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    groups: Sequence[UnitGroup] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Model:
     """A smaller copy of `model` without the units whose weights are all zero; `model` itself is left as it was.
 
     Masks are baked first. A unit goes if all its ranked weight rows are exactly zero; the constant it still emits
-    in evaluation (its bias, through norm and activation) moves into the bias of the layer that reads it. At least one
-    unit of each layer stays. An optimizer made for `model` does not know the new parameters.
+    in evaluation (its bias, through norm and activation) moves into the bias of the layer that reads it. A traced
+    model is run before and after, and must compute the same.
 
     Args:
-        model: any model with layers that `td_plugin.structure.unit_groups` knows, masked or squashed.
+        model: masked or squashed.
         round_to: widths are rounded up to multiples of it, by keeping some of the zero units; 1 removes all of them.
             None follows what onnxruntime gains from (`runtime_width`). Heads are never rounded.
+        floors: kind -> how many units of every layer stay at least; 1 for kinds it does not name. A layer whose heads
+            are all gone emits its constant.
+        example_inputs: as the model is called, by name; needed for models that are neither of transformers nor plain
+            `nn.Sequential` chains.
+        groups: the units, where the caller knows better than `td_plugin.structure.survey`.
+        optimizer: of `model`. It goes on with the smaller model's parameters and their part of its state.
 
     Returns:
         an ordinary module of the same classes, in the same mode, dtype and device.
 
     Raises:
-        TdError: nothing can be removed (the reason is named), or a unit emits a constant that cannot be folded.
+        TdError: nothing can be removed (the reason is named), a unit emits a constant that cannot be folded, or the
+            smaller model computes something else.
 
     Source: targeted dropout (arXiv 1905.13678) leaves the units zero; the folding is exact algebra.
     """
-    if round_to is not None and round_to < 1:
+    if min([round_to] if isinstance(round_to, int) else (round_to or {}).values(), default=1) < 1:
         raise TdError("widths are rounded to a positive multiple", where="round_to", got=round_to, fix="give 1 or more")
     small = copy.deepcopy(model)
     bake(small)
-    groups = unit_groups(small)
-    if not groups:
-        raise TdError("no units of a known structure", where=type(model).__name__, got=_reasons(model), fix=_KNOWN)
+    structure = given_structure(small, groups) if groups is not None else survey(small, example_inputs)
+    if not structure.groups:
+        raise TdError("no units of a known structure", where=type(model).__name__, got=_reasons(structure), fix=_KNOWN)
+    kept: Kept = {}
     with evaluating(small), torch.no_grad():  # constants are those of evaluation: norms use their running statistics
-        zeros, removed = _remove_zero_units(small, groups, round_to)
+        take = _take_traced if structure.source == "graph" else _take_known
+        zeros, removed, renamed = take(small, structure, round_to, floors or {}, kept)
     if removed == 0:
-        raise _nothing_removed(model, zeros)
+        raise _nothing_removed(model, zeros, structure)
+    if optimizer is not None:
+        carry_over(optimizer, model, small, kept, renamed)
     return small
 
 
-def _remove_zero_units(model: nn.Module, groups: list[UnitGroup], round_to: int | None) -> tuple[int, int]:
-    """The number of zero units found and removed, in place."""
-    zeros, removed = 0, 0
+Taken = tuple[int, int, dict[str, str]]
+"""Zero units found, units removed, and the tensors that have another name now."""
+
+
+def _take_traced(
+    model: nn.Module, structure: Structure, round_to: Rounding, floors: Mapping[str, int], kept: Kept
+) -> Taken:
+    removal = plan(model, structure.groups, round_to, floors)
+    if removal.removed == 0 or structure.program is None:
+        return removal.zeros, 0, {}
+    before = outputs_of(model, structure.program)
+    gone = gone_entries(model, removal)
+    names = {read.value for group, _ in removal.touched for read in group.reads}
+    seen = measure(model, structure.program, names)
+    for group, _ in removal.touched:
+        fold(model, group, gone, seen)
+    cut_all(model, [(group, keep) for group, keep in removal.touched if group.kind != "layers"])
+    _note(kept, gone)
+    renamed: dict[str, str] = {}
+    for group, keep in removal.touched:
+        renamed |= remove_layers(model, group, keep) if group.kind == "layers" else {}
+    check_same(model, structure.program, before)
+    return removal.zeros, removal.removed, renamed
+
+
+def _take_known(
+    model: nn.Module, structure: Structure, round_to: Rounding, floors: Mapping[str, int], kept: Kept
+) -> Taken:
+    zeros, removed, groups = 0, 0, list(structure.groups)
     for index in range(len(groups)):  # in computing order: a cut may leave a unit of the next layer without weights
         group = groups[index]
         zero = zero_units(model, group)
-        keep = _kept(group, zero, round_to)
+        keep = kept_units(group, zero, round_to, floors.get(group.kind, 1))
         zeros, removed = zeros + int(zero.sum()), removed + group.units - len(keep)
         if len(keep) == group.units:
             continue
-        gains_bias = _fold(model, group, keep)
+        made = fold_residue(model, group, keep)
+        _note(kept, gone_entries(model, Removal({group: keep}, 0)))
         cut(model, group, keep)
-        if gains_bias:
-            groups = unit_groups(model)  # the new bias belongs to the units of a later group
-    return zeros, removed
+        if made and structure.source != "given":
+            groups = list(survey(model, source="known").groups)  # the new bias belongs to the units of a later group
+    return zeros, removed, {}
 
 
-_KNOWN = "BERT, RoBERTa, DistilBERT, ViT, or nn.Sequential chains of Linear, Conv1d and Conv2d"
+def _note(kept: Kept, gone: Mapping[str, Mapping[int, Tensor]]) -> None:
+    for name, dims in gone.items():
+        for dim, mask in dims.items():
+            kept.setdefault(name, {})[dim] = (~mask).nonzero().flatten()
 
 
-def _reasons(model: nn.Module) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in refused_groups(model).items()) or "no such layer"
+_KNOWN = "give example_inputs, so that the model can be traced, or the groups themselves"
 
 
-def _nothing_removed(model: nn.Module, zeros: int) -> TdError:
+def _reasons(structure: Structure) -> str:
+    return "; ".join(f"{group.name}: {group.reason}" for group in structure.fixed) or "no such layer"
+
+
+def _nothing_removed(model: nn.Module, zeros: int, structure: Structure) -> TdError:
     where = type(model).__name__
     if zeros:
         fix = "pass round_to=1, or prune more"
         return TdError("rounding up keeps every zero unit", where=where, got=f"{zeros} zero units", fix=fix)
     fix = "train with a unit recipe and squash; a model that is already shrunk stays as it is"
-    refused = _reasons(model) if refused_groups(model) else None
+    refused = _reasons(structure) if structure.fixed else None
     return TdError("no unit is zero, nothing to remove", where=where, got=refused, fix=fix)
-
-
-def runtime_width(kind: str, keep: int, dense: int) -> int:
-    """The width to build for `keep` units of `dense`, by what onnxruntime's kernels gain from on CPUs.
-
-    Linear layers of 256 and more: a multiple of 16, at least 64, and not a multiple of 1024 (rows 4 KiB apart alias
-    in the cache). Convolutions of 32 channels and more: a multiple of 16, its block. Never more than `dense`.
-    """
-    width = keep
-    if kind == "neurons" and dense >= 256:
-        width = max(64, _ceil(keep, 16))
-        width += 16 if width % 1024 == 0 else 0
-    elif kind == "channels" and dense >= 32:
-        width = _ceil(keep, 16)
-    return min(width, dense)
-
-
-def _ceil(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def zero_units(model: nn.Module, group: UnitGroup) -> Tensor:
-    """``[units]`` bool, on the CPU: every ranked slice of the unit is exactly zero, so `shrink` can remove it."""
-    rows = [_by_unit(_tensor(model, part), part) for part in group.ranked]
-    return torch.stack([(row == 0).all(dim=1).cpu() for row in rows]).all(dim=0)
-
-
-def _by_unit(tensor: Tensor, part: Slice) -> Tensor:
-    """``[units, all entries of a unit]``."""
-    rows = tensor.detach().movedim(part.dim, 0)
-    return rows.reshape(rows.shape[0] // part.span, -1)
-
-
-def _kept(group: UnitGroup, zero: Tensor, round_to: int | None) -> Tensor:
-    """Indices of the units to keep, ascending: all others are zero; the first zero ones fill up to the width."""
-    needed = max(1, group.units - int(zero.sum()))
-    if round_to is None:
-        width = runtime_width(group.kind, needed, group.units)
-    else:
-        width = needed if group.kind == "heads" else min(_ceil(needed, round_to), group.units)
-    return zero.to(torch.uint8).argsort(stable=True)[:width].sort().values
-
-
-def _tensor(model: nn.Module, part: Slice) -> Tensor:
-    found: Tensor = attrgetter(part.fqn)(model)
-    return found
-
-
-def _fold(model: nn.Module, group: UnitGroup, keep: Tensor) -> bool:
-    """Move what the units outside `keep` emit into the biases of the layers that read them; whether one is new."""
-    gone = torch.ones(group.units, dtype=torch.bool)
-    gone[keep] = False
-    emitted = _emitted(model, group)[gone]  # [gone, rows per unit]
-    if not emitted.any():
-        return False
-    if group.residue.unfoldable:
-        raise TdError(
-            "a unit without weights still emits a constant that cannot be moved into the next bias",
-            where=group.name,
-            got=group.residue.unfoldable,
-            fix="silence its bias and its norm's scale and shift too, and use an activation with act(0) = 0",
-        )
-    gains_bias = False
-    for part in group.consumers:
-        module, columns = model.get_submodule(part.module), _tensor(model, part).detach().movedim(part.dim, 0)
-        exact = torch.promote_types(columns.dtype, torch.float32)
-        weights = columns.to(exact).reshape(group.units, part.span, columns.shape[1], -1)[gone].sum(-1)
-        added = torch.einsum("uso,us->o", weights, emitted.to(exact).expand(-1, part.span))
-        old = dict(module.named_parameters(recurse=False)).get("bias")
-        new = added if old is None else added + old.detach()
-        module.bias = nn.Parameter(new.to(columns.dtype), requires_grad=old is None or old.requires_grad)
-        gains_bias = gains_bias or old is None
-    return gains_bias
-
-
-def _emitted(model: nn.Module, group: UnitGroup) -> Tensor:
-    """``[units, rows per unit]``: what each unit would emit if its weights were zero."""
-    producer = dict(model.get_submodule(group.residue.module).named_parameters(recurse=False))
-    weight, bias = producer["weight"], producer.get("bias")
-    constant = weight.new_zeros(group.units * group.ranked[0].span) if bias is None else bias.detach().clone()
-    constant = constant.reshape(1, -1, *[1] * (weight.ndim - 2))  # one sample; for convolutions an image of one pixel
-    for name in group.residue.through:
-        constant = attrgetter(name)(model)(constant)
-    return constant.reshape(group.units, -1)
-
-
-def cut(model: nn.Module, group: UnitGroup, keep: Tensor) -> None:
-    """Keep only the units `keep` of `group`, in place: parameters, buffers and the attributes that state widths.
-
-    Args:
-        model: the model `group` was found in.
-        group: from `unit_groups(model)`.
-        keep: ``[kept]`` int64 indices of units, ascending.
-    """
-    for part in group.slices:
-        module, old = model.get_submodule(part.module), _tensor(model, part)
-        index = keep.to(old.device)
-        entries = (index[:, None] * part.span + torch.arange(part.span, device=old.device)).flatten()
-        new = old.detach().index_select(part.dim, entries)
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(module, part.tensor, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-    for size in group.sizes:
-        setattr(model.get_submodule(size.module), size.attribute, size.per_unit * len(keep))

@@ -26,9 +26,15 @@ COMPANIONS = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "normalizer.json",
+    "chat_template.jinja",
     "preprocessor_config.json",
     "processor_config.json",
-)  # what belongs to a checkpoint besides the model: tokenizer or image processor
+)  # what belongs to a checkpoint besides the model: tokenizer, image processor or feature extractor
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def load_checkpoint(directory: Path) -> PreTrainedModel:
 
 
 def shrink_checkpoint(directory: Path, output: Path) -> ShrinkResult:
-    """Remove the silent units of a pruned checkpoint; tokenizer or image processor are copied along.
+    """Remove the silent units of a pruned checkpoint; tokenizer or processor are copied along.
 
     Raises:
         TdError: the checkpoint cannot be read, nothing can be removed, or `output` cannot be written.

@@ -63,6 +63,14 @@ class RecipeName(str, Enum):
     none = "none"
 
 
+class SourceName(str, Enum):
+    """Where `inspect` reads the units."""
+
+    auto = "auto"
+    graph = "graph"
+    known = "known"
+
+
 app = typer.Typer(
     cls=Group,
     name="td-plugin",
@@ -212,15 +220,26 @@ def _named(files: list[str]) -> dict[str, str]:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint directory or ONNX file.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory or ONNX file.")],
+    sparsity_level: Annotated[float | None, typer.Option(help="γ in [0, 1): show what this would leave.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Of units that γ removes; may be repeated.")] = None,
+    source: Annotated[SourceName, typer.Option(help="Trace the model, or read what is known.")] = SourceName.auto,
+    as_json: Json = False,
 ) -> None:
-    """Show what could be pruned from a checkpoint and how sparse it is, or what an ONNX file takes and says."""
+    """Show what can shrink in a checkpoint, what is fixed and why; or what an ONNX file takes and says."""
     from td_plugin.export.inspection import inspect_graph, inspect_model
 
     if path.suffix == ".onnx":
+        if sparsity_level is not None or kind:
+            raise TdError("an ONNX file does not name its units", where=str(path), fix="inspect the checkpoint")
         _show(lambda: inspect_graph(path), as_json)
         return
 
+    from td_plugin.granularity import KINDS
     from td_plugin.integrations.checkpoints import load_checkpoint
 
-    _show(lambda: inspect_model(load_checkpoint(path)), as_json)
+    kinds = kind or KINDS
+    _show(
+        lambda: inspect_model(load_checkpoint(path), source=source.value, sparsity_level=sparsity_level, kinds=kinds),
+        as_json,
+    )

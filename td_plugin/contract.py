@@ -33,7 +33,7 @@ from td_plugin.schedules import Constant
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from td_plugin.structure import Slice
+    from td_plugin.units import Slice
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
-from td_plugin.structure import Kind, Slice, Structure, UnitGroup
+from td_plugin.units import Kind, Slice, Structure, UnitGroup
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from td_plugin.errors import TdError
-from td_plugin.structure import Kind, Slice
+from td_plugin.units import Kind, Slice
 
 Members = Literal["all", "producers"]
 """Whose importances make that of a unit: every tensor it runs through, or those that compute it."""

@@ -6,6 +6,6 @@ NOT_DRIVEN = (
 )
 NOT_REMOVABLE = (
     "the outputs of {count} layers (first: {first}) are dropped as units, but what reads them is unknown in {model}: "
-    "shrink() will not be able to remove them"
+    "shrink() will not be able to remove them; prepare(model, example_inputs={{...}}) finds out by tracing"
 )
 NOTHING_ZEROED = "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level"

@@ -6,16 +6,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from td_plugin.choices import Choice, check_once, mask_fault, units_of, whole_layer
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.given import given_structure, nearest
 from td_plugin.granularity import KINDS
-from td_plugin.structure import Slice, Structure, UnitGroup, survey
+from td_plugin.structure import survey
+from td_plugin.units import Slice, Structure, UnitGroup
 
 _EMBEDDING = re.compile(r"(^|[._])(embed(ding|dings|s)?|patch_embed(ding|dings)?|wte|wpe)([._]|$)", re.IGNORECASE)
 _CONFIG_KEYS = ("tensor_fqn", "sparsity_level", "drop_rate")
@@ -27,32 +29,6 @@ Inputs = Mapping[str, Any] | None
 """As the model is called, by name."""
 Groups = Sequence[UnitGroup] | None
 """Groups of units given by hand."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One target to be.
-
-    Attributes:
-        ranked: slices to rank.
-        carried: slices silenced with them.
-        overrides: the user's γ and α for it.
-        removable: whether `shrink` knows the layers that read the units; not for single weights.
-        evidence: slices that are ranked too but not silenced: what reads the units.
-        kind: of the units; empty for single weights.
-    """
-
-    ranked: tuple[Slice, ...]
-    carried: tuple[Slice, ...] = ()
-    overrides: dict[str, Any] = field(default_factory=dict)
-    removable: bool = True
-    evidence: tuple[Slice, ...] = ()
-    kind: str = ""
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """What is masked, ranked ones first."""
-        return self.ranked + self.carried
 
 
 @dataclass(frozen=True)
@@ -121,55 +97,24 @@ def _defaults(model: nn.Module, recipe: Recipe, structure: Structure | None) -> 
     if structure is None:
         return Selection([Choice((Slice(name, "weight", dim),)) for name, (_, dim) in free.items()], skipped)
     if not structure.groups and not structure.fixed:
-        return Selection([_whole_layer(name, *layer) for name, layer in free.items()], skipped)
-    choices, others = [], dict[str, str]()
+        return Selection([whole_layer(name, *layer) for name, layer in free.items()], skipped)
+    choices = []
+    others = {tensor: group.reason for group in structure.fixed for tensor in group.tensors}
     for group in structure.groups:
-        fault = f"its units are {group.kind}" if group.kind not in recipe.granularity.kinds else _fault(model, group)
+        fault = mask_fault(model, group)
+        if group.kind not in recipe.granularity.kinds:
+            fault = f"its units are {group.kind}, which the recipe does not drop"
         if fault:
             others.update({part.fqn: fault for part in group.ranked})
         else:
-            choices.append(_units(model, recipe, group))
+            choices.append(units_of(model, recipe, group))
     fixed = {group.name: group.reason for group in structure.fixed}
+    unknown = fixed.get(type(model).__name__, _NO_UNITS)  # why the model could not be traced
     chosen = {s.fqn for choice in choices for s in choice.ranked}
     for name in free:
         tensor = Slice(name, "weight", 0).fqn
-        if tensor in chosen:
-            skipped.pop(tensor, None)
-        else:
-            skipped[tensor] = fixed.get(name) or others.get(tensor, _NO_UNITS)
-    return Selection(choices, skipped)
-
-
-def _parameter(model: nn.Module, slice_: Slice) -> nn.Parameter | None:
-    return model.get_submodule(slice_.module)._parameters.get(slice_.tensor)
-
-
-def _fault(model: nn.Module, group: UnitGroup) -> str:
-    """Why the units of `group` cannot be masked; empty if they can."""
-    plain = (part.fqn for part in group.ranked + group.carried if _parameter(model, part) is None)
-    return next((f"{name} belongs to its units and is no parameter" for name in plain), "")
-
-
-def _units(model: nn.Module, recipe: Recipe, group: UnitGroup, overrides: dict[str, Any] | None = None) -> Choice:
-    """The target that drops the units of `group`; a tied parameter counts once, whatever its names."""
-    seen: set[tuple[object, ...]] = set()
-
-    def fresh(parts: tuple[Slice, ...]) -> tuple[Slice, ...]:
-        keys = [(id(_parameter(model, part)), part.dim, part.span, part.owners) for part in parts]
-        kept = tuple(part for i, part in enumerate(parts) if keys[i] not in seen and keys[i] not in keys[:i])
-        seen.update(keys)
-        return kept
-
-    ranked, carried = fresh(group.ranked), fresh(group.carried)
-    reads = group.consumers if recipe.granularity.members == "all" else ()
-    evidence = fresh(tuple(part for part in reads if _parameter(model, part) is not None))
-    return Choice(ranked, carried, overrides or {}, evidence=evidence, kind=group.kind)
-
-
-def _whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
-    """Every output of one layer as a unit: weight row and bias."""
-    bias = (Slice(name, "bias", 0),) if module._parameters.get("bias") is not None else ()
-    return Choice((Slice(name, "weight", dim),), bias, removable=False, kind="neurons")
+        skipped[tensor] = fixed.get(name) or others.get(tensor, unknown)
+    return Selection(choices, {tensor: reason for tensor, reason in skipped.items() if tensor not in chosen})
 
 
 def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: set[int]) -> str:
@@ -220,34 +165,23 @@ def _named(model: nn.Module, recipe: Recipe, name: str, entry: dict[str, Any], g
     if not recipe.granularity.kinds:
         return Choice((weight,), (), overrides)
     if name in groups:
-        if fault := _fault(model, groups[name]):
+        if fault := mask_fault(model, groups[name]):
             raise TdError("these units cannot be masked", where=name, got=fault, fix="leave the tensor out")
-        return _units(model, recipe, groups[name], overrides)
+        return units_of(model, recipe, groups[name], overrides)
     if tensor != "weight":
         fix = "use a weight recipe, or name a tensor called 'weight'"
         raise TdError("which bias belongs to these units is unknown", where=name, got=type(module).__name__, fix=fix)
-    return replace(_whole_layer(module_name, module, weight.dim), overrides=overrides)
-
-
-def _check_once(model: nn.Module, choices: Sequence[Choice]) -> None:
-    """No parameter may carry two masks."""
-    taken: dict[int, Choice] = {}
-    for choice in choices:
-        for part in choice.slices:
-            other = taken.setdefault(id(_parameter(model, part)), choice)
-            if other is choice and sum(s.fqn == part.fqn for s in choice.slices) == 1:
-                continue
-            got, fix = None, "name every tensor, or every unit, once"
-            if other.kind != choice.kind:
-                got = f"by the {other.kind} of {other.ranked[0].fqn} and by the {choice.kind} of {choice.ranked[0].fqn}"
-                fix = f"one recipe for one kind of these units: kinds=({choice.kind!r},)"
-            raise TdError("a tensor is asked for twice", where=part.fqn, got=got, fix=fix)
+    return replace(whole_layer(module_name, module, weight.dim), overrides=overrides)
 
 
 def _structure(model: nn.Module, recipe: Recipe, inputs: Inputs, groups: Groups) -> Structure | None:
     """What units there are, looked up once; None for a recipe of single weights."""
+    if recipe.granularity.kinds and groups is None:
+        # The table of families and chains know the default kinds alone.
+        known = set(recipe.granularity.kinds) <= set(KINDS)
+        return survey(model, inputs, source="auto" if known else "graph")
     if recipe.granularity.kinds:
-        return survey(model, inputs) if groups is None else given_structure(model, groups)
+        return given_structure(model, groups or ())
     if groups is not None:
         problem = "groups of units for a recipe that drops single weights"
         raise TdError(problem, where=f"recipe {recipe.name!r}", fix="leave groups out, or use a unit recipe")
@@ -289,5 +223,5 @@ def select(
             got=reasons or "no Linear, Conv1d, Conv2d or Conv1D layer",
             fix='name a tensor: config=[{"tensor_fqn": "..."}]',
         )
-    _check_once(model, selection.choices)
+    check_once(model, selection.choices)
     return selection

@@ -16,9 +16,9 @@ from td_plugin.errors import TdError
 from td_plugin.notices import NOT_DRIVEN, NOT_REMOVABLE, NOTHING_ZEROED
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
-from td_plugin.selection import select
+from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.state import kept_params, restore_levels, set_levels, snapshot_levels
-from td_plugin.target import Switches, Target, make_target
+from td_plugin.target import Switches, Target, make_targets
 
 EvalMask = Literal["pruned", "dense"]
 
@@ -89,25 +89,28 @@ class TargetedDropout(BaseSparsifier):
         if value:
             raise TdError("masks are derived from the weights and cannot be assigned", fix="use load_state_dict")
 
-    def prepare(self, model: nn.Module, config: list[dict[str, Any]] | None = None) -> None:
+    def prepare(
+        self, model: nn.Module, config: Config = None, *, example_inputs: Inputs = None, groups: Groups = None
+    ) -> None:
         """Choose the targets and put masks on them, in place. Nothing is dropped before the first `step()`.
 
         Args:
             model: any module; its parameters keep their names, order and identity.
             config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional;
                 None takes all the recipe can drop (`td_plugin.selection.select` says what is left out).
+            example_inputs: as the model is called, by name, for `td_plugin.structure.survey`, which finds the units.
+            groups: units given by hand, in place of those that `survey` finds.
 
         Raises:
-            TdError: a second `prepare`, a model that carries masks already, a wrong name, nothing to prune.
+            TdError: a second `prepare`, a model that carries masks already, a wrong name or group, nothing to prune.
         """
         if self.groups:
             raise TdError("prepare() was called before", got=f"{len(self.groups)} targets", fix="squash_mask() first")
         if found := masked_tensors(model):
             raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
-        selection, kind = select(model, self.recipe, config), type(model).__name__
+        selection, kind = select(model, self.recipe, config, example_inputs, groups), type(model).__name__
         self.model, self._skipped, self._final_report = model, selection.skipped, None
-        for choice in selection.choices:
-            self._targets.append(make_target(model, self.recipe, choice, self.defaults, self._switches))
+        self._targets = make_targets(model, self.recipe, selection.choices, self.defaults, self._switches)
         self.groups = [target.config for target in self._targets]
         self._claim()
         if stuck := [choice.ranked[0].fqn for choice in selection.choices if not choice.removable]:
@@ -205,10 +208,7 @@ class TargetedDropout(BaseSparsifier):
             warnings.warn(NOTHING_ZEROED, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of plain numbers and strings, JSON-able: the step, the seed and every group's γ and α.
-
-        The masks are not in it: they follow from the weights, the step and the seed.
-        """
+        """A snapshot of plain numbers and strings, JSON-able: the step, the seed, every group's γ and α; no masks."""
         return {
             "version": 1,
             "recipe": self.recipe.name,

@@ -10,12 +10,15 @@ directly, and every other model from its traced graph (`td_plugin.graph`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
+from td_plugin.errors import TdError
 from td_plugin.layers import in_table, read_layers
+from td_plugin.model_inputs import model_inputs
 from td_plugin.units import (
     FixedGroup,
     Kind,
@@ -50,19 +53,44 @@ __all__ = [
 Source = Literal["auto", "graph", "known"]
 
 
-def survey(model: nn.Module, example_inputs: Mapping[str, Any] | None = None, *, source: Source = "auto") -> Structure:
+def survey(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None = None,
+    *,
+    source: Source = "auto",
+    keep: Sequence[str] = (),
+) -> Structure:
     """The units of `model`, and what cannot shrink, with reasons.
 
     Args:
         model: any module, not masked.
         example_inputs: as the model is called, by name; a transformers model needs none.
         source: ``"graph"`` always traces; ``"known"`` never does; ``"auto"`` traces where the model is neither in the
-            table of families nor an `nn.Sequential`, and can be called.
+            table of families nor a plain `nn.Sequential`, and it is known how to call it.
+        keep: fully qualified names of tensors whose units must all stay; for a traced model.
 
     Raises:
         TdError: ``"graph"``, and the model cannot be traced; the operator and its line are named.
     """
-    return _known(model)
+    if source == "known":
+        return _known(model)
+    known = _known(model) if source == "auto" else None
+    if known is not None and (known.source == "table" or (example_inputs is None and known.groups)):
+        return known
+    given = model_inputs(model) if example_inputs is None else example_inputs
+    if given is None:
+        if known is not None:
+            return known
+        fix = "give example_inputs: a dict of what the model is called with"
+        raise TdError("the model cannot be traced without inputs", where=type(model).__name__, fix=fix)
+    from td_plugin.graph.survey import read_graph  # torch.export takes a while to import
+
+    if example_inputs is not None or known is None:
+        return read_graph(model, given, keep)
+    try:
+        return read_graph(model, given, keep)
+    except TdError as error:  # without its own structure a model can still be pruned by single weights
+        return replace(known, fixed=(*known.fixed, FixedGroup(type(model).__name__, (), 0, str(error))))
 
 
 def _known(model: nn.Module) -> Structure:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from td_plugin.choices import Choice
 from td_plugin.contract import Evidence, Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.masks import bottom_k, draw, draw_key
+from td_plugin.members import Member, holders_of, members_of
 from td_plugin.parametrization import Mask, attach
 from td_plugin.report import SparsityRow
-from td_plugin.selection import Choice
-from td_plugin.structure import Slice
+from td_plugin.units import Slice
 
 
 @dataclass
@@ -26,43 +27,6 @@ class Switches:
     seed: int = 0
     dense: bool = False
     dense_eval: bool = False
-
-
-Holder = tuple[nn.Module, str]
-"""A module and the name it has for a parameter."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One tensor of a target.
-
-    Attributes:
-        module: the module that holds it.
-        slice: its name and the dimension its groups occupy.
-        ranked: whether it takes part in the ranking; biases and norms do not.
-        masked: whether it is dropped with its groups; what only reads them is evidence and stays as it is.
-        tied: other modules that hold the same parameter, with the name it has there.
-    """
-
-    module: nn.Module
-    slice: Slice
-    ranked: bool
-    masked: bool = True
-    tied: tuple[Holder, ...] = ()
-
-    @property
-    def fqn(self) -> str:
-        """Fully qualified tensor name."""
-        return self.slice.fqn
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The dense tensor."""
-        parameter = self.module._parameters.get(self.slice.tensor)
-        if parameter is None:
-            problem = f"a {'masked' if self.masked else 'ranked'} parameter has been removed from its module"
-            raise TdError(problem, where=self.fqn, fix="squash first")
-        return parameter
 
 
 class Target:
@@ -226,33 +190,15 @@ def make_targets(
         defaults: γ and α where a choice has none of its own.
         switches: shared by all targets of a sparsifier.
     """
-    holders: dict[int, list[Holder]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, name))
-    return [
-        Target(
-            recipe, _config(choice, {**defaults, **choice.overrides}, model), _members(model, choice, holders), switches
-        )
-        for choice in choices
-    ]
+    holders = holders_of(model)
+    targets = []
+    for choice in choices:
+        config = _config(model, choice.ranked[0], {**defaults, **choice.overrides})
+        targets.append(Target(recipe, config, members_of(model, choice, holders), switches))
+    return targets
 
 
-def _members(model: nn.Module, choice: Choice, holders: dict[int, list[Holder]]) -> list[Member]:
-    roles = ((choice.ranked, True, True), (choice.carried, False, True), (choice.evidence, True, False))
-    members = []
-    for slices, ranked, masked in roles:
-        for part in slices:
-            module = model.get_submodule(part.module)
-            same = holders[id(module._parameters[part.tensor])] if masked else []
-            tied = tuple(holder for holder in same if holder != (module, part.tensor))
-            members.append(Member(module, part, ranked, masked, tied))
-    return members
-
-
-def _config(choice: Choice, levels: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    first = choice.ranked[0]
+def _config(model: nn.Module, first: Slice, levels: dict[str, Any]) -> dict[str, Any]:
     return {
         "module": model.get_submodule(first.module),
         "module_fqn": first.module,

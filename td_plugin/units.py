@@ -47,11 +47,22 @@ class Slice:
 
 @dataclass(frozen=True)
 class Size:
-    """A module attribute that states a width: `per_unit` for each unit."""
+    """A module attribute that states a width: it falls by `per_unit` with every unit that is removed.
+
+    Cutting is relative, ``new = old - per_unit * removed``: an attribute may state the sum of several groups, as the
+    ``in_features`` of a layer that reads a concatenation does.
+
+    Attributes:
+        module: fully qualified module name.
+        attribute: its name in the module.
+        per_unit: what one unit contributes.
+        index: which entry, where the attribute is a tuple (``normalized_shape``).
+    """
 
     module: str
     attribute: str
     per_unit: int = 1
+    index: int | None = None
 
 
 @dataclass(frozen=True)

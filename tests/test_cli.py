@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner, Result
 
 import td_plugin as td
@@ -80,6 +87,27 @@ class TestCommands:
         assert [entry["name"] for entry in timed["files"]] == ["dense", "pruned"]
         assert timed["speedups"][0]["over"] == "dense"
 
+    @pytest.mark.parametrize("family", ["gpt2", "t5"])
+    def test_shrink_a_family_that_is_traced(self, family: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        sizes = {"d_model": 24, "d_ff": 36, "num_layers": 2, "num_heads": 4, "d_kv": 6}
+        model: PreTrainedModel = T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))
+        if family == "gpt2":
+            model = GPT2LMHeadModel(
+                GPT2Config(vocab_size=20, n_embd=24, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+            )
+        sparsifier = td.TargetedDropout(td.recipes.targeted_unit(), sparsity_level=0.5)
+        sparsifier.prepare(model)
+        sparsifier.squash_mask()
+        model.save_pretrained(tmp_path / "masked")
+        for name in ("tokenizer.json", "spiece.model"):
+            (tmp_path / "masked" / name).write_text("its words")
+        expected = document(run("inspect", tmp_path / "masked", "--sparsity-level", "0.5", "--json"))["remainder"]
+        shrunk = document(run("shrink", tmp_path / "masked", tmp_path / "small", "--json"))
+        assert shrunk["before"] == model.num_parameters() and shrunk["after"] == expected["parameters"]
+        assert all((tmp_path / "small" / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+        refused(run("shrink", tmp_path / "small", tmp_path / "smaller"), "no unit is zero")
+
     def test_quantize(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
         result = document(run("quantize", dense_onnx, tmp_path / "int8.onnx", "--json"))
         assert Path(result["file"]).stat().st_size == result["bytes"]
@@ -92,6 +120,14 @@ class TestCommands:
         assert ("heads", 4, 2) in units.values()
         assert found["zeros"] > 0
         assert "neurons" in run("inspect", masked).stdout
+
+    def test_inspect_what_would_remain(self, masked: Path) -> None:
+        options = ("inspect", masked, "--sparsity-level", "0.75")
+        found = document(run(*options, "--kind", "heads", "--json"))
+        assert {row["left"] for row in found["rows"] if row["kind"] == "heads"} == {1}
+        assert found["remainder"]["flops"] < found["flops"] and found["remainder"]["kinds"] == ["heads"]
+        known = run(*options, "--source", "known").stdout
+        assert "heads 4 → 1 (2 silent)" in known and "γ = 0.75" in known and "FLOPs" not in known
 
     def test_inspect_a_graph(self, dense_onnx: Path) -> None:
         found = document(run("inspect", dense_onnx, "--json"))
@@ -124,6 +160,12 @@ class TestMistakes:
             (broken / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
         refused(run("export", broken, tmp_path / "model.onnx"))
         assert not (tmp_path / "model.onnx").exists()
+
+    def test_inspect(self, masked: Path, dense_onnx: Path) -> None:
+        refused(run("inspect", masked, "--sparsity-level", "1"), "γ", "1.0")
+        refused(run("inspect", masked, "--sparsity-level", "0.5", "--kind", "neuron"), "unknown kinds", "neurons")
+        refused(run("inspect", dense_onnx, "--sparsity-level", "0.5"), str(dense_onnx), "inspect the checkpoint")
+        assert run("inspect", masked, "--source", "guess").exit_code == 2
 
     def test_truncated_onnx(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
         broken = tmp_path / "broken.onnx"

@@ -75,6 +75,51 @@ def test_a_unit_mask_holds_one_entry_per_unit_and_broadcasts() -> None:
     assert Units().to_mask(units, slice_(0, 2), (6,)).shape == (6,)
 
 
+def owned(owners: list[int], dim: int = 0) -> Slice:
+    return Slice("layer", "weight", dim, owners=tuple(owners))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_entries_with_owners_are_ranked_and_masked_by_their_unit(dim: int) -> None:
+    owners = [2, -1, 0, 2, 0, -1, 2]  # any order, unit 1 elsewhere, some entries of no unit
+    weight = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    groups = Units().to_groups([weight, other], [owned(owners, dim), owned([1, 1, 0, -1])])
+    rows = np.moveaxis(weight.numpy().astype(np.float64), dim, 0)
+    squares = [(rows[np.array(owners) == unit] ** 2).sum() for unit in range(3)]
+    squares[1] += float(other[0]) ** 2 + float(other[1]) ** 2
+    squares[0] += float(other[2]) ** 2
+    np.testing.assert_allclose(groups.numpy(), np.sqrt([squares]), rtol=1e-6)
+    dropped = Units().to_mask(torch.tensor([[False, True, True]]), owned(owners, dim), weight.shape)
+    assert dropped.shape == ((7, 1) if dim == 0 else (1, 7))
+    assert dropped.flatten().tolist() == [True, False, False, True, False, False, True]
+
+
+def test_owners_say_what_a_span_says_where_both_can() -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    by_span, by_owner = slice_(0, 2), owned([0, 0, 1, 1, 2, 2])
+    groups = Units().to_groups([weight], [by_span])
+    torch.testing.assert_close(Units().to_groups([weight], [by_owner]), groups)
+    low = groups < groups.median()
+    assert torch.equal(Units().to_mask(low, by_owner, (6, 5)), Units().to_mask(low, by_span, (6, 5)))
+
+
+def test_a_whole_tensor_may_be_of_one_unit() -> None:
+    tensors = [torch.full((4, 3), value) for value in (1.0, 3.0, 2.0)]
+    slices = [owned([layer] * 4) for layer in range(3)]
+    groups = Units(("layers",)).to_groups(tensors, slices)
+    np.testing.assert_allclose(groups.numpy(), [[12**0.5, 108**0.5, 48**0.5]], rtol=1e-6)
+    for layer, part in enumerate(slices):
+        dropped = Units(("layers",)).to_mask(torch.tensor([[True, False, False]]), part, (4, 3))
+        assert dropped.flatten().tolist() == [layer == 0] * 4
+    assert Units(("layers",)).to_groups([tensors[0]], [owned([-1] * 4)]).shape == (1, 0)
+
+
+def test_unknown_members() -> None:
+    with pytest.raises(td.TdError, match="unknown members.*consumers"):
+        Units(members="consumers")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kinds", [(), ("filters",), ("neurons", "filters")])
 def test_unknown_kinds_of_units(kinds: tuple[str, ...]) -> None:
     with pytest.raises(td.TdError, match="unknown kinds"):

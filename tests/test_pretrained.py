@@ -103,7 +103,11 @@ def test_the_configuration_states_the_widths_per_layer(tmp_path: Path) -> None:
     small = pruned("distilbert")
     save_pretrained(small, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["td_pruning"] == {"0": {"hidden_dim": 3, "n_heads": 1}, "2": {"hidden_dim": 11, "n_heads": 2}}
+    record = config["td_pruning"]
+    assert record["layers"] == {"0": {"hidden_dim": 3, "n_heads": 1}, "2": {"hidden_dim": 11, "n_heads": 2}}
+    assert record["tensors"]["distilbert.transformer.layer.2.ffn.lin1.weight"] == [11, 24]
+    assert record["attributes"]["distilbert.transformer.layer.0.attention.n_heads"] == 1
+    assert not [name for part in ("tensors", "attributes") for name in record[part] if "layer.1." in name]
     assert (config["hidden_dim"], config["n_heads"]) == (30, 4)
     assert "td_pruning" not in small.config.to_dict()
 
@@ -137,7 +141,8 @@ def test_equal_heads_that_the_configuration_cannot_express(tmp_path: Path) -> No
     save_pretrained(small, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"]) == (7, 4)
-    assert config["td_pruning"] == {str(layer): {"num_attention_heads": 2} for layer in range(3)}
+    assert config["td_pruning"]["layers"] == {str(layer): {"num_attention_heads": 2} for layer in range(3)}
+    assert not [name for name in config["td_pruning"]["tensors"] if "intermediate" in name]
     assert same(load_pretrained(tmp_path), small)
 
 
@@ -165,8 +170,8 @@ def test_an_encoder_decoder_pair_counts_its_layers_through(tmp_path: Path) -> No
     small = shrink(model)
     save_pretrained(small, tmp_path)
     assert same(load_pretrained(tmp_path), small)
-    widths = json.loads((tmp_path / "config.json").read_text())["td_pruning"]
-    assert [layer["intermediate_size"] for layer in widths.values()] == [30, 3, 30, 30, 30, 3]
+    record = json.loads((tmp_path / "config.json").read_text())["td_pruning"]
+    assert [layer["intermediate_size"] for layer in record["layers"].values()] == [30, 3, 30, 30, 30, 3]
 
 
 def chain(hidden: int = 8) -> nn.Sequential:
@@ -209,6 +214,11 @@ def edit_config(directory: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def edit_record(directory: Path, **changes: object) -> None:
+    record = json.loads((directory / "config.json").read_text())["td_pruning"]
+    edit_config(directory, td_pruning=record | changes)
+
+
 def truncate(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -228,14 +238,12 @@ DAMAGE = {
     "architecture missing": (lambda d: edit_config(d, architectures=None), "unknown architecture"),
     "another head": (lambda d: edit_config(d, architectures=["BertForMaskedLM"]), "not those of the model"),
     "another width": (lambda d: edit_config(d, hidden_size=48), "cannot be loaded"),
-    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=2), "no such layer"),
+    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=2), "no such module"),
     "more layers": (lambda d: edit_config(d, num_hidden_layers=4), "missing_keys"),
-    "width too large": (lambda d: edit_config(d, td_pruning={"0": {"intermediate_size": 31}}), "31; at most 30"),
-    "width zero": (lambda d: edit_config(d, td_pruning={"0": {"num_attention_heads": 0}}), "does not fit"),
-    "width of the tensors differs": (lambda d: edit_config(d, td_pruning={}), "cannot be loaded"),
-    "width unknown": (lambda d: edit_config(d, td_pruning={"0": {"width": 3}}), "no such layer or setting"),
-    "widths no object": (lambda d: edit_config(d, td_pruning=[3]), "damaged widths"),
-    "widths no numbers": (lambda d: edit_config(d, td_pruning={"0": {"intermediate_size": "3"}}), "damaged widths"),
+    "record missing": (lambda d: edit_config(d, td_pruning=None), "cannot be loaded"),
+    "record no object": (lambda d: edit_config(d, td_pruning=[3]), "td_pruning; got: not a record"),
+    "record of a later format": (lambda d: edit_record(d, format=3), "not a record of format 2"),
+    "record empty": (lambda d: edit_config(d, td_pruning={"format": 2}), "cannot be loaded"),
     "weights missing": (lambda d: (d / "model.safetensors").unlink(), "cannot be loaded"),
     "weights truncated": (truncate, "cannot be loaded"),
     "weights scrambled": (scramble, "cannot be loaded"),
@@ -256,7 +264,8 @@ MODULE_DAMAGE = {
     "weights truncated": (truncate, "weights cannot be loaded"),
     "weights missing": (lambda d: (d / "model.safetensors").unlink(), "weights cannot be loaded"),
     "record no JSON": (lambda d: (d / "td_pruning.json").write_text("}"), "cannot be read"),
-    "record of a later format": (lambda d: (d / "td_pruning.json").write_text('{"format": 2}'), "unknown or damaged"),
+    "record of a later format": (lambda d: (d / "td_pruning.json").write_text('{"format": 3}'), "unknown or damaged"),
+    "record without content": (lambda d: (d / "td_pruning.json").write_text('{"format": 2}'), "modules; got: missing"),
 }
 
 

@@ -26,7 +26,6 @@ class Found:
         fixed: cannot.
         work: every product.
         visitors: group name -> modules whose forward handles its activations.
-        hidden: the stream of residual layers: tensors that write to it, also where it cannot shrink.
     """
 
     groups: list[UnitGroup] = field(default_factory=list)
@@ -60,7 +59,7 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
     found, names = Found(), Counter[str]()
     order = {key: place for place, key in enumerate(labels.roles)}
     for one in sorted(classes, key=lambda c: _place(labels, c, order)):
-        slices = _slices(labels, root, one)
+        slices = _slices(labels, root, one, order)
         if not slices["ranked"]:
             continue
         kind = _kind(one, marks)
@@ -81,7 +80,7 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
 def _by_signature(labels: Labels, root: Tensor) -> list[_Class]:
     places = torch.cat([torch.full((owner.size,), place) for place, owner in enumerate(labels.owners)] or [root[:0]])
     roots = torch.cat([root[o.start : o.start + o.size] for o in labels.owners] or [root[:0]])
-    pairs, counts = torch.stack((roots, places)).unique(dim=1, return_counts=True)
+    pairs, counts = torch.unique(torch.stack((roots, places)), dim=1, return_counts=True)
     members: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for one, place, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
         members[one].append((place, count))
@@ -96,13 +95,13 @@ def _reasons(labels: Labels, root: Tensor) -> dict[int, str]:
     """Pinned class -> the first reason."""
     found: dict[int, str] = {}
     for dim, reason in labels.pins:
-        for one in root[dim].unique().tolist():
+        for one in torch.unique(root[dim]).tolist():
             found.setdefault(one, reason)
     return found
 
 
 def _marked(labels: Labels, root: Tensor, mark: str) -> Tensor:
-    return torch.cat([root[dim] for dim, name in labels.marks if name == mark] or [root[:0]]).unique()
+    return torch.unique(torch.cat([root[dim] for dim, name in labels.marks if name == mark] or [root[:0]]))
 
 
 def _place(labels: Labels, one: _Class, order: dict[tuple[str, int], int]) -> int:
@@ -110,9 +109,13 @@ def _place(labels: Labels, one: _Class, order: dict[tuple[str, int], int]) -> in
     return min(order.get((owner.tensor, owner.dim), len(order)) for owner in owners)
 
 
-def _slices(labels: Labels, root: Tensor, one: _Class) -> dict[str, tuple[Slice, ...]]:
+def _slices(
+    labels: Labels, root: Tensor, one: _Class, order: dict[tuple[str, int], int]
+) -> dict[str, tuple[Slice, ...]]:
     """By role; units are numbered by their first entry in the first ranked tensor."""
-    owners = sorted((labels.owners[p] for p, _ in one.signature), key=lambda o: _order(labels, o))
+    owners = sorted(
+        (labels.owners[p] for p, _ in one.signature), key=lambda o: order.get((o.tensor, o.dim), len(order))
+    )
     by_role: dict[str, list[Owner]] = {"ranked": [], "carried": [], "consumer": [], "statistics": []}
     for owner in owners:
         roles = labels.roles.get((owner.tensor, owner.dim), {})
@@ -124,18 +127,19 @@ def _slices(labels: Labels, root: Tensor, one: _Class) -> dict[str, tuple[Slice,
     first = found[torch.isin(found, one.roots)].tolist()
     for unit, label in enumerate(dict.fromkeys(first)):
         number[label] = unit
-    return {role: tuple(_slice(o, number[root[o.start : o.start + o.size]], len(one.roots)) for o in of) for role, of in by_role.items()}
-
-
-def _order(labels: Labels, owner: Owner) -> int:
-    return next((place for place, key in enumerate(labels.roles) if key == (owner.tensor, owner.dim)), len(labels.roles))
+    return {
+        role: tuple(_slice(owner, number[root[owner.start : owner.start + owner.size]], len(one.roots)) for owner in of)
+        for role, of in by_role.items()
+    }
 
 
 def _slice(owner: Owner, units: Tensor, count: int) -> Slice:
     module, _, tensor = owner.tensor.rpartition(".")
     span = owner.size // count
     regular = span * count == owner.size and torch.equal(units, torch.arange(owner.size) // span)
-    return Slice(module, tensor, owner.dim, span) if regular else Slice(module, tensor, owner.dim, 1, tuple(units.tolist()))
+    if regular:
+        return Slice(module, tensor, owner.dim, span)
+    return Slice(module, tensor, owner.dim, owners=tuple(units.tolist()))
 
 
 def _kind(one: _Class, marks: dict[str, Tensor]) -> Kind:
@@ -193,19 +197,17 @@ def _reads(labels: Labels, root: Tensor, one: _Class) -> tuple[Read, ...]:
 
 
 def _work(labels: Labels, root: Tensor) -> Iterator[Work]:
-    starts = torch.tensor([owner.start for owner in labels.owners])
     holders: dict[int, Owner] = {}
     for owner in labels.owners:
         holders.setdefault(int(root[owner.start]), owner)
     for product in labels.products:
         scales = []
         for dim in product.dims:
-            owner = labels.owner(dim) or holders.get(int(root[dim[0]]))
-            if owner is not None:
-                scales.append((owner.tensor, owner.dim))
+            holder = labels.owner(dim) or holders.get(int(root[dim[0]]))
+            if holder is not None:
+                scales.append((holder.tensor, holder.dim))
         if product.flops:
             yield Work(product.where, product.flops, tuple(scales))
-    del starts
 
 
 def _visitors(labels: Labels, root: Tensor, groups: Sequence[UnitGroup]) -> dict[str, frozenset[str]]:

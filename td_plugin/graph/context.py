@@ -37,21 +37,25 @@ class Call:
     @property
     def args(self) -> tuple[Any, ...]:
         """Positional arguments; those of the schema that were left out or passed by name are filled in."""
+        arguments = self._arguments
+        return tuple(map(self.argument, arguments)) if arguments else self.node.args
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """Names in the operator's schema -> defaults."""
         schema = getattr(self.node.target, "_schema", None)
-        if schema is None:
-            return self.node.args
-        return tuple(self.argument(a.name, a.default_value) for a in schema.arguments)
+        return {argument.name: argument.default_value for argument in schema.arguments} if schema is not None else {}
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by its name in the operator's schema."""
-        schema = getattr(self.node.target, "_schema", None)
-        names = [argument.name for argument in schema.arguments] if schema is not None else []
+        """An argument by its name in the operator's schema; `default` where it has none of its own."""
         if name in self.node.kwargs:
             return self.node.kwargs[name]
-        position = names.index(name) if name in names else len(self.node.args)
+        arguments = self._arguments
+        position = list(arguments).index(name) if name in arguments else len(self.node.args)
         if position < len(self.node.args):
             return self.node.args[position]
-        return schema.arguments[position].default_value if default is None and position < len(names) else default
+        own = arguments.get(name)
+        return default if own is None else own
 
     def value(self, position: int) -> Value:
         """The tensor at `position`."""
@@ -80,7 +84,7 @@ class Call:
         """The sizes of every tensor that comes out."""
         out = self.node.meta.get("val")
         several = out if isinstance(out, (list, tuple)) else [out]
-        return [tuple(int(size) for size in item.shape) if isinstance(item, Tensor) else () for item in several]
+        return [tuple(map(_number, item.shape)) if isinstance(item, Tensor) else () for item in several]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,13 +109,13 @@ class Call:
         out = [fixed(shape, reason) for shape in self.shapes]
         return out if isinstance(self.node.meta.get("val"), (list, tuple)) else out[0]
 
-    def unknown(self, what: str = "an operator whose rule is not known") -> Value:
+    def unknown(self, what: str = "an operator whose rule is not known") -> Result:
         """Pin every dimension that goes in; what comes out cannot shrink either."""
         reason = f"{what}: {self.location}"
         for value in self.tensors:
             for dim in (*value.dims, *([value.joint.labels.reshape(-1)] if value.joint else [])):
                 self.labels.pin(dim, reason)
-        return fixed(self.shape, reason)
+        return self.outputs(reason)
 
     def read(self, dim: Dim, source: Value, position: int, padded: bool = False) -> None:
         """Note that the tensor behind `dim` reads dimension `position` of `source`."""
@@ -120,7 +124,15 @@ class Call:
 
     def product(self, values: Sequence[Value], multiplications: int, dims: Sequence[Dim]) -> None:
         """Count the work of a product."""
-        owners = [self.labels.owner(dim) for value in values if value.weight for dim in value.dims if isinstance(dim, Tensor)]
-        where = next((owner.tensor for owner in owners if owner), self.module)
+        weights = [dim for value in values if value.weight for dim in value.dims if isinstance(dim, Tensor)]
+        where = next((owner.tensor for owner in map(self.labels.owner, weights) if owner), self.module)
         known = tuple(dim for dim in dims if isinstance(dim, Tensor))
         self.labels.products.append(Product(where, 2 * multiplications, known))
+
+
+def _number(size: Any) -> int:
+    """A size; one that depends on data is taken for a large prime, so that products of it stay told apart."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 10007)))

@@ -81,7 +81,9 @@ class Labels:
     def owner(self, labels: Tensor) -> Owner | None:
         """Whose label the first one is; None for a label that belongs to no tensor."""
         label = int(labels[0])
-        found = self.owners[bisect_right(self.owners, label, key=lambda owner: owner.start) - 1] if self.owners else None
+        found = (
+            self.owners[bisect_right(self.owners, label, key=lambda owner: owner.start) - 1] if self.owners else None
+        )
         return found if found and found.start <= label < found.start + found.size else None
 
     def join(self, one: Dim, other: Dim) -> Dim:
@@ -107,10 +109,13 @@ class Labels:
             self.pins.append((dim, reason))
 
     def role(self, dim: Dim, role: Role) -> None:
-        """Note that the tensor behind `dim` plays `role` for its entries."""
-        owner = self.owner(dim) if isinstance(dim, Tensor) and len(dim) else None
-        if owner is not None:
+        """Note that the tensors behind `dim` play `role` for its entries."""
+        while isinstance(dim, Tensor) and len(dim):
+            owner = self.owner(dim)
+            if owner is None:
+                return
             self.roles[owner.tensor, owner.dim].setdefault(role)
+            dim = dim[(dim < owner.start) | (dim >= owner.start + owner.size)]
 
     def classes(self) -> Tensor:
         """``[labels]`` int64: the smallest label of each label's class."""

@@ -56,7 +56,7 @@ def group_norm(call: Call) -> Value:
 
 
 def rms_norm(call: Call) -> Value:
-    """torch's own RMSNorm."""
+    """``torch.nn.functional.rms_norm``."""
     x, weight = resolve(call.labels, call.value(0)), call.optional(2)
     module = _module(call)
     noted = len(call.args[1]) == 1 and weight is not None and call.args[3] is not None and module is not None
@@ -102,7 +102,7 @@ def _floats(attributes: Any, value: float) -> list[str]:
 
 def _is_square(node: fx.Node) -> bool:
     if str(node.target).startswith("aten.pow"):
-        return node.args[1] == 2
+        return bool(node.args[1] == 2)
     return str(node.target).startswith("aten.mul") and node.args[0] is node.args[1]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +20,7 @@ from td_plugin.errors import TdError
 from td_plugin.graph.context import Call, Result
 from td_plugin.graph.labels import Labels
 from td_plugin.graph.operators import evaluate
-from td_plugin.graph.values import Value, fixed, resolve
+from td_plugin.graph.values import ONE, Value, fixed, resolve
 
 MOST_NODES = 200_000
 
@@ -35,7 +38,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> ExportedProgra
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _without_cache(model), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, (), dict(example_inputs), strict=False)
     except Exception as error:
@@ -48,6 +51,32 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> ExportedProgra
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch logs and prints half a graph when it fails; what matters of it is in the exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Decoders of transformers return a cache of keys and values, which is no tensor, unless told otherwise."""
+    configs = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    cached = [config for config in configs if getattr(config, "use_cache", False) is True]
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
 
 
 def _first_line(error: Exception) -> str:
@@ -69,13 +98,14 @@ def read_labels(model: nn.Module, program: ExportedProgram) -> Labels:
     nodes = list(program.graph.nodes)
     if len(nodes) > MOST_NODES:
         raise TdError("the traced graph is too large", got=f"{len(nodes)} operators", fix="hand the groups over")
-    labels, env = Labels(), _placeholders(model, program)
-    _annotate(model, program)
-    by_name = dict(env[1])
+    labels, by_name = Labels(), _parameters(program)
+    meta = program.graph_module.meta  # rules look there for modules' plain attributes and the parameters' names
+    meta["td_modules"] = {name: vars(module) for name, module in model.named_modules()}
+    meta["td_parameters"] = by_name
     values: dict[Any, Result] = {}
     for node in nodes:
         if node.op == "placeholder":
-            values[node] = _placeholder(labels, node, by_name.get(node.name), model)
+            values[node] = _placeholder(labels, node, by_name.get(node.name))
         elif node.op == "call_function":
             values[node] = _named(evaluate(Call(node, labels, values)), node.name)
             _visit(labels, node, values[node])
@@ -87,20 +117,14 @@ def read_labels(model: nn.Module, program: ExportedProgram) -> Labels:
     return labels
 
 
-def _placeholders(model: nn.Module, program: ExportedProgram) -> tuple[None, dict[str, str]]:
+def _parameters(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder -> fully qualified name of the parameter or buffer it stands for."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     specs = program.graph_signature.input_specs
-    return None, {spec.arg.name: str(spec.target) for spec in specs if spec.kind in kinds}
+    return {spec.arg.name: str(spec.target) for spec in specs if spec.kind in kinds}
 
 
-def _annotate(model: nn.Module, program: ExportedProgram) -> None:
-    """What rules must know of the modules: their plain attributes, and which placeholder is which parameter."""
-    meta = program.graph_module.meta
-    meta["td_modules"] = {name: vars(module) for name, module in model.named_modules()}
-    meta["td_parameters"] = _placeholders(model, program)[1]
-
-
-def _placeholder(labels: Labels, node: Any, tensor: str | None, model: nn.Module) -> Value:
+def _placeholder(labels: Labels, node: Any, tensor: str | None) -> Value:
     found = node.meta.get("val")
     if not isinstance(found, Tensor):
         return Value((), ())
@@ -109,7 +133,7 @@ def _placeholder(labels: Labels, node: Any, tensor: str | None, model: nn.Module
         return replace(fixed(shape, "a dimension of the inputs"), name=node.name)
     if not found.dtype.is_floating_point:
         return replace(fixed(shape, f"a dimension of {tensor}"), weight=True, name=node.name)
-    dims = tuple(labels.own(tensor, dim, size) if size > 1 else "a dimension of size one" for dim, size in enumerate(shape))
+    dims = tuple(labels.own(tensor, dim, size) if size > 1 else ONE for dim, size in enumerate(shape))
     return Value(shape, dims, weight=True, name=node.name)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -13,6 +12,9 @@ from td_plugin.graph.labels import Dim, Labels
 
 INSIDE = "entries inside a unit"
 ONE = "a dimension of size one"
+
+Block = tuple[list[int], list[int]]
+"""Dimensions of one shape and of another that hold the same entries."""
 
 
 @dataclass(frozen=True)
@@ -123,35 +125,62 @@ def cut(labels: Labels, value: Value, dim: int, start: int, stop: int, step: int
 
 def reshape(labels: Labels, value: Value, shape: Sequence[int]) -> Value:
     """The same entries, in order, under another shape."""
-    value = _settle(labels, value, shape)
+    if 0 in value.shape:
+        return fixed(shape, "an empty tensor")
+    blocks = _blocks(value.shape, shape)
+    split = _carried(value.joint, blocks, shape) if value.joint else None
+    if split is None:
+        value = _settle(labels, value, blocks)
     dims: list[Dim] = [ONE] * len(shape)
     joint = None
-    for old, new in _blocks(value.shape, shape):
+    for old, new in blocks:
         known = [dim for dim in old if isinstance(value.dims[dim], Tensor)]
         reason = next((str(value.dims[dim]) for dim in old if isinstance(value.dims[dim], str)), INSIDE)
         for dim in new:
             dims[dim] = reason if not known else INSIDE
-        if len(known) > 1:
-            for dim in known:
-                labels.pin(value.dims[dim], "two dimensions that could shrink are merged into one")
-        elif known:
+        for dim in known[1:]:  # one of several can shrink: the outer one, such as the heads of (heads, size)
+            labels.pin(value.dims[dim], "it is merged with another dimension that can shrink")
+        if known:
             spread = _spread(value, old, known[0]).reshape([shape[dim] for dim in new])
-            varying = [i for i in range(len(new)) if not torch.equal(spread, spread.narrow(i, 0, 1).expand_as(spread))]
-            core = spread[tuple(slice(None) if i in varying else 0 for i in range(len(new)))]
-            if len(varying) == 1:
-                dims[new[varying[0]]] = core
-            elif joint is None and varying:
-                joint = Joint(tuple(new[i] for i in varying), core)
-            elif varying:
-                dims[new[varying[0]]] = labels.merge(core.reshape(core.shape[0], -1))
+            joint = _placed(labels, dims, joint, Joint(tuple(new), spread))
+    if split is not None:
+        joint = _placed(labels, dims, joint, split)
     return replace(value, shape=tuple(shape), dims=tuple(dims), joint=joint)
 
 
-def _settle(labels: Labels, value: Value, shape: Sequence[int]) -> Value:
+def _placed(labels: Labels, dims: list[Dim], joint: Joint | None, new: Joint) -> Joint | None:
+    """Write labels that vary along one dimension into `dims`; those that vary along several make a joint."""
+    found = new.labels
+    varying = [i for i in range(found.ndim) if not torch.equal(found, found.narrow(i, 0, 1).expand_as(found))]
+    core = found[tuple(slice(None) if i in varying else 0 for i in range(found.ndim))]
+    if len(varying) == 1:
+        dims[new.dims[varying[0]]] = core
+    elif varying and joint is None:
+        return Joint(tuple(new.dims[i] for i in varying), core)
+    elif varying:
+        dims[new.dims[varying[0]]] = labels.merge(core.reshape(core.shape[0], -1))
+    return joint
+
+
+def _carried(joint: Joint, blocks: Sequence[Block], shape: Sequence[int]) -> Joint | None:
+    """A split that goes on behind a reshape: its dimensions only meet each other, in their order."""
+    touched = [block for block in blocks if set(block[0]) & set(joint.dims)]
+    if any(not set(old) <= set(joint.dims) for old, _ in touched):
+        return None
+    if all(len(old) == len(new) == 1 for old, new in touched):
+        moved = {old[0]: new[0] for old, new in touched}
+        return Joint(tuple(moved[dim] for dim in joint.dims), joint.labels)
+    if list(joint.dims) != sorted(joint.dims):
+        return None
+    dims = tuple(dim for _, new in touched for dim in new)
+    return Joint(dims, joint.labels.reshape([shape[dim] for dim in dims]))
+
+
+def _settle(labels: Labels, value: Value, blocks: Sequence[Block]) -> Value:
     """Resolve a split before it is merged: a shuffle, which merges in another order, keeps the inner dimension."""
     if value.joint is None:
         return value
-    together = any(set(value.joint.dims) <= set(old) and len(new) == 1 for old, new in _blocks(value.shape, shape))
+    together = any(set(value.joint.dims) <= set(old) and len(new) == 1 for old, new in blocks)
     shuffled = list(value.joint.dims) != sorted(value.joint.dims)
     return resolve(labels, value, len(value.joint.dims) - 1 if together and shuffled else 0)
 
@@ -159,25 +188,27 @@ def _settle(labels: Labels, value: Value, shape: Sequence[int]) -> Value:
 def _spread(value: Value, block: Sequence[int], dim: int) -> Tensor:
     """The labels of `dim` over all dimensions of `block`."""
     sizes = [value.shape[other] for other in block]
-    found = value.dims[dim]
-    assert isinstance(found, Tensor)
+    found = torch.as_tensor(value.dims[dim])
     return found.view([-1 if other == dim else 1 for other in block]).expand(sizes)
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[Block]:
     """The smallest runs of dimensions of equal products; dimensions of size one are in none."""
     sides = [[dim for dim, size in enumerate(shape) if size != 1] for shape in (old, new)]
-    blocks = []
-    while sides[0] or sides[1]:
-        taken: tuple[list[int], list[int]] = ([], [])
-        while not taken[0] or prod(old[d] for d in taken[0]) != prod(new[d] for d in taken[1]):
-            smaller = 0 if prod(old[d] for d in taken[0]) <= prod(new[d] for d in taken[1]) else 1
-            taken[smaller if sides[smaller] else 1 - smaller].append(sides[smaller if sides[smaller] else 1 - smaller].pop(0))
+    blocks: list[Block] = []
+    while sides[0]:
+        taken = ([sides[0].pop(0)], [sides[1].pop(0)])
+        products = [old[taken[0][0]], new[taken[1][0]]]
+        while products[0] != products[1]:
+            side = int(products[1] < products[0])
+            dim = sides[side].pop(0)
+            taken[side].append(dim)
+            products[side] *= (old, new)[side][dim]
         blocks.append(taken)
     return blocks
 
 
-def broadcast(labels: Labels, values: Sequence[Value], shape: Sequence[int], name: str) -> Value:
+def broadcast(labels: Labels, values: Sequence[Value], shape: Sequence[int]) -> Value:
     """An elementwise operator: entries that meet are equated; dimensions are aligned on the right."""
     values = [resolve(labels, value) for value in values]
     dims: list[Dim] = [ONE] * len(shape)
@@ -188,4 +219,4 @@ def broadcast(labels: Labels, values: Sequence[Value], shape: Sequence[int], nam
             for other in met[1:]:
                 first = labels.join(first, other)
             dims[-position] = first
-    return Value(tuple(shape), tuple(dims), weight=all(value.weight for value in values), name=name)
+    return Value(tuple(shape), tuple(dims), weight=all(value.weight for value in values))
