@@ -24,9 +24,17 @@ def check_same(model: nn.Module, program: ExportedProgram, before: list[Tensor])
     """Compare what `model` returns now with `before`.
 
     Raises:
-        TdError: shapes or values differ by more than rounding.
+        TdError: shapes or values differ by more than rounding, or the model does not run.
     """
-    after = outputs_of(model, program)
+    try:
+        after = outputs_of(model, program)
+    except Exception as error:  # whatever the model's own code raises
+        raise TdError(
+            "the model's code does not run with these widths",
+            where=type(model).__name__,
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            fix="keep at least one unit of every layer: floors={}",
+        ) from error
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape:
             raise _other(model, f"{list(new.shape)} instead of {list(old.shape)}")

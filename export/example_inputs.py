@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from td_plugin.errors import TdError
 from td_plugin.export.session import open_session
+from td_plugin.model_inputs import model_inputs
 
 TOKENS = 10  # ids drawn for a graph, which does not state its vocabulary; every vocabulary has more
 
@@ -25,27 +26,20 @@ def inputs_for_model(model: PreTrainedModel, batch: int = 4, length: int = 16, s
 
     Returns:
         ``pixel_values [batch, channels, height, width]``, or ``input_ids``, ``attention_mask`` and, where the model
-        tells segments apart, ``token_type_ids``, all ``[batch, length]``.
+        tells segments apart, ``token_type_ids``, all ``[batch, length]``; see `td_plugin.model_inputs` for the rest.
 
     Raises:
         TdError: the model takes neither text nor images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    facts = model.config.to_dict()
-    if model.main_input_name == "pixel_values":
-        size = facts["image_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(batch, facts["num_channels"], height, width, generator=generator)}
-    if model.main_input_name != "input_ids":
+    made = model_inputs(model, batch=batch, length=length, seed=seed)
+    if made is None or model.main_input_name not in ("input_ids", "pixel_values"):
         raise TdError(
             "only text and image models are supported", got=model.main_input_name, fix="call to_onnx yourself"
         )
-    ids = torch.randint(facts["vocab_size"], (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1::2, length - length // 4 :] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if facts.get("type_vocab_size", 0) > 1:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
+    inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    if "input_ids" in inputs:
+        mask = inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        mask[1::2, mask.shape[1] - mask.shape[1] // 4 :] = 0
     return inputs
 
 

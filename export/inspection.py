@@ -60,7 +60,10 @@ class ModelInspection:
     @property
     def refused(self) -> dict[str, str]:
         """Layer -> why its units cannot be pruned."""
-        return {row.layer: row.reason for row in self.fixed}
+        found: dict[str, str] = {}
+        for row in self.fixed:  # several dimensions may begin at one layer
+            found[row.layer] = f"{found[row.layer]}; {row.reason}" if row.layer in found else row.reason
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from td_plugin.export.removal import Removal, gone_entries, kept_units, plan, ze
 from td_plugin.export.residue import fold_residue
 from td_plugin.given import given_structure
 from td_plugin.layer_cutting import remove_layers
+from td_plugin.model_inputs import model_inputs
 from td_plugin.parametrization import bake
 from td_plugin.structure import survey
 from td_plugin.units import Structure, UnitGroup
@@ -70,22 +72,42 @@ def shrink(
         raise TdError("widths are rounded to a positive multiple", where="round_to", got=round_to, fix="give 1 or more")
     small = copy.deepcopy(model)
     bake(small)
-    structure = given_structure(small, groups) if groups is not None else survey(small, example_inputs)
-    if not structure.groups:
-        raise TdError("no units of a known structure", where=type(model).__name__, got=_reasons(structure), fix=_KNOWN)
     kept: Kept = {}
-    with evaluating(small), torch.no_grad():  # constants are those of evaluation: norms use their running statistics
-        take = _take_traced if structure.source == "graph" else _take_known
-        zeros, removed, renamed = take(small, structure, round_to, floors or {}, kept)
-    if removed == 0:
-        raise _nothing_removed(model, zeros, structure)
+    taken = Taken(0, 0, {})
+    for structure in _structures(small, example_inputs, groups):
+        # Constants are those of evaluation: norms use their running statistics.
+        with evaluating(small), torch.no_grad():
+            take = _take_traced if structure.source == "graph" else _take_known
+            taken = take(small, structure, round_to, floors or {}, kept)
+        if taken.removed:
+            break
+    if not taken.removed:
+        raise _nothing_removed(model, taken.zeros, structure)
     if optimizer is not None:
-        carry_over(optimizer, model, small, kept, renamed)
+        carry_over(optimizer, model, small, kept, taken.renamed)
     return small
 
 
-Taken = tuple[int, int, dict[str, str]]
-"""Zero units found, units removed, and the tensors that have another name now."""
+class Taken(NamedTuple):
+    """Zero units found, units removed, and the tensors that have another name now."""
+
+    zeros: int
+    removed: int
+    renamed: dict[str, str]
+
+
+def _structures(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None, groups: Sequence[UnitGroup] | None
+) -> Iterator[Structure]:
+    """What may hold zero units: the table of families does not know the stream and whole layers, the graph does."""
+    if groups is not None:
+        yield given_structure(model, groups)
+        return
+    found = survey(model, example_inputs)
+    yield found
+    if found.source == "table" and model_inputs(model) is not None:
+        with contextlib.suppress(TdError):  # a model that cannot be traced has no more to offer
+            yield survey(model, example_inputs, source="graph")
 
 
 def _take_traced(
@@ -93,7 +115,7 @@ def _take_traced(
 ) -> Taken:
     removal = plan(model, structure.groups, round_to, floors)
     if removal.removed == 0 or structure.program is None:
-        return removal.zeros, 0, {}
+        return Taken(removal.zeros, 0, {})
     before = outputs_of(model, structure.program)
     gone = gone_entries(model, removal)
     names = {read.value for group, _ in removal.touched for read in group.reads}
@@ -106,7 +128,7 @@ def _take_traced(
     for group, keep in removal.touched:
         renamed |= remove_layers(model, group, keep) if group.kind == "layers" else {}
     check_same(model, structure.program, before)
-    return removal.zeros, removal.removed, renamed
+    return Taken(removal.zeros, removal.removed, renamed)
 
 
 def _take_known(
@@ -125,7 +147,7 @@ def _take_known(
         cut(model, group, keep)
         if made and structure.source != "given":
             groups = list(survey(model, source="known").groups)  # the new bias belongs to the units of a later group
-    return zeros, removed, {}
+    return Taken(zeros, removed, {})
 
 
 def _note(kept: Kept, gone: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -143,6 +165,8 @@ def _reasons(structure: Structure) -> str:
 
 def _nothing_removed(model: nn.Module, zeros: int, structure: Structure) -> TdError:
     where = type(model).__name__
+    if not structure.groups:
+        return TdError("no units of a known structure", where=where, got=_reasons(structure), fix=_KNOWN)
     if zeros:
         fix = "pass round_to=1, or prune more"
         return TdError("rounding up keeps every zero unit", where=where, got=f"{zeros} zero units", fix=fix)

@@ -73,20 +73,29 @@ def whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
 
 
 def check_once(model: nn.Module, choices: Sequence[Choice]) -> None:
-    """No parameter may carry two masks.
+    """No entry of a parameter may be masked twice.
 
     Raises:
         TdError: one would.
     """
-    taken: dict[int, Choice] = {}
+    taken: dict[int, list[tuple[Choice, Slice]]] = {}
     for choice in choices:
         for part in choice.slices:
-            key = id(parameter_of(model, part))
-            other = taken.get(key, choice)
-            got, fix = None, "name every tensor, or every unit, once"
-            if other.kind != choice.kind:
-                got = f"by the {other.kind} of {other.ranked[0].fqn} and by the {choice.kind} of {choice.ranked[0].fqn}"
-                fix = f"one recipe for one kind: kinds=({other.kind!r},) or kinds=({choice.kind!r},)"
-            if key in taken:
+            before = taken.setdefault(id(parameter_of(model, part)), [])
+            for other in (first for first, earlier in before if not _apart(earlier, part)):
+                got, fix = None, "name every tensor, or every unit, once"
+                if other.kind != choice.kind:
+                    mine, theirs = (
+                        f"the {choice.kind} of {choice.ranked[0].fqn}",
+                        f"the {other.kind} of {other.ranked[0].fqn}",
+                    )
+                    got = f"by {theirs} and by {mine}"
+                    fix = f"one recipe for one kind: kinds=({other.kind!r},) or kinds=({choice.kind!r},)"
                 raise TdError("a tensor is asked for twice", where=part.fqn, got=got, fix=fix)
-            taken[key] = choice
+            before.append((choice, part))
+
+
+def _apart(one: Slice, other: Slice) -> bool:
+    """Whether two groups own different entries of one tensor, as those behind a concatenation do."""
+    both = zip(one.owners, other.owners, strict=False)
+    return one.dim == other.dim and bool(one.owners and other.owners) and all(a < 0 or b < 0 for a, b in both)

@@ -191,7 +191,9 @@ def _waveform(facts: _Facts, draw: _Draw) -> Tensor | None:
 def _placed(value: Any, model: nn.Module) -> Any:
     if not isinstance(value, Tensor):
         return value
-    weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
-    if weight is None:
+    # The largest: wav2vec2 makes a small one on the CPU whatever device was asked for.
+    floats = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    if not floats:
         return value
+    weight = max(floats, key=Tensor.numel)
     return value.to(weight.device, weight.dtype if value.is_floating_point() else None)

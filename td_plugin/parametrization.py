@@ -84,6 +84,15 @@ class Mask:
             self._cached = _select(self._eval_keep, dense)  # materialised once, so `generate` pays nothing per token
         return self._cached
 
+    def apply_after(self, value: Tensor, training: bool) -> Tensor:
+        """`apply` to what another mask of the same tensor gave; nothing is remembered of it."""
+        if self.source.dense or (not training and self.source.dense_eval) or training:
+            return self.apply(value, training)
+        if torch.compiler.is_compiling():
+            return self.apply(value, training)
+        self.source.settle()
+        return _select(self.source.keep_mask(self), value)
+
     def train(self) -> None:
         """Enter training: the weights will change, so nothing derived from them may be reused."""
         self.source.expire()
@@ -105,7 +114,8 @@ class _ModuleMasks:
 
     def __init__(self, base: type[nn.Module]) -> None:
         self.base = base
-        self.by_name: dict[str, Mask] = {}
+        # Several masks on one tensor belong to groups that share none of its entries.
+        self.by_name: dict[str, list[Mask]] = {}
         self.inside_forward = 0
 
 
@@ -117,16 +127,19 @@ def _property(name: str) -> property:
         dense = module._parameters[name]
         if dense is None:
             return None
-        value = masks.by_name[name].apply(dense, module.training)
+        first, *others = masks.by_name[name]
+        value = first.apply(dense, module.training)
+        for other in others:
+            value = other.apply_after(value, module.training)
         if value is dense or masks.inside_forward or torch.compiler.is_compiling():
             return value
-        return masked_view(value, masks.by_name[name].fqn)
+        return masked_view(value, first.fqn)
 
     def write(module: nn.Module, value: object) -> None:
         # A Parameter never comes here: nn.Module keeps it with the others. A replica of nn.DataParallel does.
         raise TdError(
             "a masked tensor cannot be replaced by anything but a Parameter",
-            where=module.__dict__[_STATE].by_name[name].fqn,
+            where=module.__dict__[_STATE].by_name[name][0].fqn,
             got=type(value).__name__,
             fix="train on several GPUs with one process each (torchrun, accelerate), not with nn.DataParallel",
         )
@@ -160,7 +173,7 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         base.train(self, mode)
-        for name, mask in self.__dict__[_STATE].by_name.items():
+        for _, name, mask in _masks(self):
             dense = self._parameters[name]
             if mode:
                 mask.train()
@@ -183,7 +196,7 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 def attach(module: nn.Module, name: str, mask: Mask) -> None:
     """Put `mask` on the parameter `name` of `module`. Parameter, keys and order do not change."""
     masks: _ModuleMasks = module.__dict__.setdefault(_STATE, _ModuleMasks(type(module)))
-    masks.by_name[name] = mask
+    masks.by_name[name] = [*masks.by_name.get(name, []), mask]
     module.__class__ = _masked_class(masks.base, tuple(sorted(masks.by_name)))
 
 
@@ -194,17 +207,17 @@ def detach(module: nn.Module) -> None:
 
 def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, Mask]]:
     """Every mask in `model`, as (module, parameter name, mask)."""
-    return [
-        (module, name, mask)
-        for module in model.modules()
-        if _STATE in module.__dict__
-        for name, mask in module.__dict__[_STATE].by_name.items()
-    ]
+    return [found for module in model.modules() if _STATE in module.__dict__ for found in _masks(module)]
+
+
+def _masks(module: nn.Module) -> list[tuple[nn.Module, str, Mask]]:
+    by_name: dict[str, list[Mask]] = module.__dict__[_STATE].by_name
+    return [(module, name, mask) for name, masks in by_name.items() for mask in masks]
 
 
 def masked_tensors(model: nn.Module) -> list[str]:
     """The fully qualified names of the tensors that carry a mask."""
-    return [mask.fqn for _, _, mask in masks_of(model)]
+    return list(dict.fromkeys(mask.fqn for _, _, mask in masks_of(model)))
 
 
 def bake(model: nn.Module) -> int:

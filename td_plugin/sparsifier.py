@@ -17,7 +17,7 @@ from td_plugin.notices import NOT_DRIVEN, NOT_REMOVABLE, NOTHING_ZEROED
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
-from td_plugin.state import kept_params, restore_levels, set_levels, snapshot_levels
+from td_plugin.state import kept_params, merged_masks, restore_levels, set_levels, snapshot_levels
 from td_plugin.target import Switches, Target, make_targets
 
 EvalMask = Literal["pruned", "dense"]
@@ -81,7 +81,7 @@ class TargetedDropout(BaseSparsifier):
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
         """torch.ao's view: fully qualified tensor name -> ``{"mask": ...}``, the deterministic keep-mask, fresh."""
-        return {name: {"mask": mask} for target in self._targets for name, mask in target.keep_masks().items()}
+        return merged_masks([target.keep_masks() for target in self._targets])
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:

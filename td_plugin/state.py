@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
@@ -73,3 +74,12 @@ def kept_params(
         if keys:
             kept.setdefault(group["module"], {})[group["tensor_name"]] = {key: group[key] for key in keys}
     return [(module, next(iter(by.values())) if len(by) == 1 else by) for module, by in kept.items()]
+
+
+def merged_masks(masks: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Fully qualified tensor name -> ``{"mask": ...}``; what several targets mask keeps what all keep."""
+    merged: dict[str, dict[str, Tensor]] = {}
+    for of_target in masks:
+        for name, mask in of_target.items():
+            merged[name] = {"mask": merged[name]["mask"] & mask if name in merged else mask}
+    return merged

@@ -165,12 +165,18 @@ class Target:
             kind="units" if self.recipe.granularity.kinds else "weights",
             groups=candidates.numel(),
             dropped=int(candidates.sum()),
-            elements=sum(parameter.numel() for parameter, _ in pairs),
+            elements=sum(_owned(member) for member in self.members),
             zeros=sum(_zeros(self.keep_mask(mask), parameter) for parameter, mask in pairs),
             sampled=sum(_zeros(mask.keep, parameter) for parameter, mask in pairs if mask.keep is not None),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],
         )
+
+
+def _owned(member: Member) -> int:
+    """How many scalars of the tensor belong to the groups: all of it, but for concatenations and packed projections."""
+    owners, numel = member.slice.owners, member.parameter.numel()
+    return numel * sum(owner >= 0 for owner in owners) // len(owners) if owners else numel
 
 
 def _zeros(keep: Tensor, parameter: Tensor) -> int:

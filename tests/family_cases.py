@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import family_nets as nets
 import torch
 import transformers as hf
 from torch import nn
 
 from td_plugin.model_inputs import model_inputs
-import family_nets as nets
 
 IDS = {"vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 97}
 BERT = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44}
@@ -62,10 +62,11 @@ class FamilyCase:
             assert found is not None
             return found
         generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+        noise = {name: (torch.randn(shape, generator=generator), most) for name, (shape, most) in self.given.items()}
         return {
-            name: (torch.randint(most, shape, generator=generator) if most else torch.randn(shape, generator=generator)).to(device)
-            for name, (shape, most) in self.given.items()
-        }  # fmt: skip
+            name: (value.abs().mul(7).long() % most if most else value).to(device)
+            for name, (value, most) in noise.items()
+        }
 
 
 def _stir(model: nn.Module) -> None:
@@ -137,8 +138,7 @@ def _opt() -> nn.Module:
 
 
 def _mixtral() -> nn.Module:
-    sizes = {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, experts_implementation="batched_mm"))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=5, num_experts_per_tok=2))
 
 
 def _whisper() -> nn.Module:
@@ -167,7 +167,9 @@ _WORDS = {"ids": ((2, 7), 50)}
 
 FAMILIES: dict[str, FamilyCase] = {
     "bert": FamilyCase(lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT))),
-    "bert_decoder": FamilyCase(_bert_decoder, True),
+    "bert_decoder": FamilyCase(
+        _bert_decoder
+    ),  # transformers 5.23 gives it a cache without room for the encoder's states
     "roberta": FamilyCase(lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**BERT))),
     "distilbert": FamilyCase(_distilbert),
     "deberta_v2": FamilyCase(_deberta),

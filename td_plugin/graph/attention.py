@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from torch import Tensor
 
 from td_plugin.graph.context import Call
 from td_plugin.graph.labels import Dim
-from td_plugin.graph.values import ONE, Value, resolve
+from td_plugin.graph.values import ONE, Value, remainder, resolve
 
 HEAD = "entries of a head"
 POSITIONS = "positions that attend to each other"
@@ -34,7 +35,9 @@ def attention(call: Call) -> Value:
         entries = HEAD
     multiplications = prod(shape[:-1]) * key.shape[-2] * (query.shape[-1] + shape[-1])
     call.product((query, key, value), multiplications, heads)
-    return Value(shape, (*leading, POSITIONS, entries))
+    out = Value(shape, (*leading, POSITIONS, entries))
+    (rest,) = remainder([value], out)  # a query's head that shares its value with others still emits a mean of it
+    return replace(out, rest=rest)
 
 
 def _together(call: Call, values: Sequence[Value], place: int) -> Dim:

@@ -58,7 +58,8 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
     marks = {name: _marked(labels, root, name) for name in ("heads", "residual", "conv")}
     found, names = Found(), Counter[str]()
     order = {key: place for place, key in enumerate(labels.roles)}
-    for one in sorted(classes, key=lambda c: _place(labels, c, order)):
+    classes = sorted(classes, key=lambda c: _place(labels, c, order))
+    for one, norms, reads in zip(classes, *_touching(labels, root, classes), strict=True):
         slices = _slices(labels, root, one, order)
         if not slices["ranked"]:
             continue
@@ -71,7 +72,9 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
         names[name] += 1
         if names[name] > 1:
             name = f"{name}#{names[name]}"
-        found.groups.append(_group(labels, root, one, slices, name, kind))
+        unique = tuple(dict.fromkeys(norms)), tuple(dict.fromkeys(reads))
+        roles = slices["ranked"], slices["carried"], slices["consumer"], slices["statistics"]
+        found.groups.append(UnitGroup(name, kind, len(one.roots), *roles, (), None, norms=unique[0], reads=unique[1]))
     found.work = tuple(_work(labels, root))
     found.visitors = _visitors(labels, root, found.groups)
     return found
@@ -80,9 +83,11 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
 def _by_signature(labels: Labels, root: Tensor) -> list[_Class]:
     places = torch.cat([torch.full((owner.size,), place) for place, owner in enumerate(labels.owners)] or [root[:0]])
     roots = torch.cat([root[o.start : o.start + o.size] for o in labels.owners] or [root[:0]])
-    pairs, counts = torch.unique(torch.stack((roots, places)), dim=1, return_counts=True)
+    several = max(1, len(labels.owners))
+    pairs, counts = torch.unique(roots * several + places, return_counts=True)
     members: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for one, place, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        one, place = divmod(pair, several)
         members[one].append((place, count))
     reasons = _reasons(labels, root)
     grouped: dict[tuple[Signature, str], list[int]] = defaultdict(list)
@@ -101,7 +106,8 @@ def _reasons(labels: Labels, root: Tensor) -> dict[int, str]:
 
 
 def _marked(labels: Labels, root: Tensor, mark: str) -> Tensor:
-    return torch.unique(torch.cat([root[dim] for dim, name in labels.marks if name == mark] or [root[:0]]))
+    found: Tensor = torch.unique(torch.cat([root[dim] for dim, name in labels.marks if name == mark] or [root[:0]]))
+    return found
 
 
 def _place(labels: Labels, one: _Class, order: dict[tuple[str, int], int]) -> int:
@@ -166,34 +172,26 @@ def _name(ranked: Sequence[Slice], kind: Kind) -> str:
     return ".".join(shared) or ranked[0].module
 
 
-def _group(
-    labels: Labels, root: Tensor, one: _Class, slices: dict[str, tuple[Slice, ...]], name: str, kind: Kind
-) -> UnitGroup:
-    return UnitGroup(
-        name=name,
-        kind=kind,
-        units=len(one.roots),
-        ranked=slices["ranked"],
-        carried=slices["carried"],
-        consumers=slices["consumer"],
-        statistics=slices["statistics"],
-        sizes=(),
-        residue=None,
-        norms=_unique([norm for dim, norm in labels.norms if _touches(root, dim, one)]),
-        reads=_reads(labels, root, one),
-    )
+def _touching(labels: Labels, root: Tensor, classes: Sequence[_Class]) -> tuple[list[list[MeanNorm]], list[list[Read]]]:
+    """The norms over each class, and where it is read."""
+    home = torch.full((labels.count + 1,), -1)
+    for place, one in enumerate(classes):
+        home[one.roots] = place
+    norms: list[list[MeanNorm]] = [[] for _ in classes]
+    reads: list[list[Read]] = [[] for _ in classes]
+    for dim, norm in labels.norms:
+        for place in _owned(home[root[dim]]):
+            norms[place].append(norm)
+    for dim, read in labels.reads:
+        for place in _owned(home[root[dim]]):
+            reads[place].append(read)
+    return norms, reads
 
 
-def _touches(root: Tensor, dim: Tensor, one: _Class) -> bool:
-    return bool(torch.isin(root[dim], one.roots).any())
-
-
-def _unique(norms: list[MeanNorm]) -> tuple[MeanNorm, ...]:
-    return tuple(dict.fromkeys(norms))
-
-
-def _reads(labels: Labels, root: Tensor, one: _Class) -> tuple[Read, ...]:
-    return tuple(dict.fromkeys(read for dim, read in labels.reads if _touches(root, dim, one)))
+def _owned(places: Tensor) -> list[int]:
+    """Without the -1 of classes that no tensor owns."""
+    found: list[int] = torch.unique(places[places >= 0]).tolist()
+    return found
 
 
 def _work(labels: Labels, root: Tensor) -> Iterator[Work]:
@@ -218,10 +216,11 @@ def _visitors(labels: Labels, root: Tensor, groups: Sequence[UnitGroup]) -> dict
         owner = first[part.fqn, part.dim]
         unit = next(i for i, u in enumerate(part.units(owner.size).tolist()) if u == 0)
         leaders[int(root[owner.start + unit])] = group.name
-    roots = torch.tensor(sorted(leaders))
+    leads = torch.zeros(labels.count, dtype=torch.bool)
+    leads[list(leaders)] = True
     visitors: dict[str, set[str]] = defaultdict(set)
     for dim, module in labels.visits:
         found = root[dim]
-        for one in roots[torch.isin(roots, found)].tolist():
+        for one in found[leads[found]].tolist():
             visitors[leaders[one]].add(module)
     return {name: frozenset(modules) for name, modules in visitors.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from td_plugin.graph.labels import Dim, Labels, Product
-from td_plugin.graph.values import Value, fixed
+from td_plugin.graph.values import VARYING, Value, fixed
 from td_plugin.units import Read
 
 Result = Value | list[Value]
@@ -116,6 +116,11 @@ class Call:
             for dim in (*value.dims, *([value.joint.labels.reshape(-1)] if value.joint else [])):
                 self.labels.pin(dim, reason)
         return self.outputs(reason)
+
+    def consume(self, dim: Dim, source: Value) -> None:
+        """A weight reads `source` along `dim`: what silenced units leave there must not depend on the inputs."""
+        if source.rest == VARYING:
+            self.labels.pin(dim, f"a unit without weights would still pass on what others compute: {self.location}")
 
     def read(self, dim: Dim, source: Value, position: int, padded: bool = False) -> None:
         """Note that the tensor behind `dim` reads dimension `position` of `source`."""

@@ -5,12 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from td_plugin.graph import values
 from td_plugin.graph.context import Call, Result
-from td_plugin.graph.values import ONE, Value, resolve
+from td_plugin.graph.values import CONSTANT, NOTHING, ONE, Value, resolve
 
+_PRODUCTS = frozenset({"mul", "div", "true_divide"})
+_SUMS = frozenset({"add", "sub"})
+_CHOICES = frozenset({"where", "masked_fill"})
+_ZERO_AT_ZERO = frozenset(
+    {
+        *(
+            "abs",
+            "asinh",
+            "atan",
+            "ceil",
+            "celu",
+            "clone",
+            "copy",
+            "elu",
+            "erf",
+            "expm1",
+            "floor",
+            "gelu",
+            "hardshrink",
+        ),
+        *("hardswish", "hardtanh", "leaky_relu", "lerp", "log1p", "maximum", "minimum", "mish", "neg", "pow", "relu"),
+        *("relu6", "round", "selu", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh"),
+        "trunc",
+    }
+)
 _DIVIDES = ("aten.div", "aten.true_divide", "aten.floor_divide", "aten.remainder", "aten.fmod")
 _INFINITE_AT_ZERO = ("aten.reciprocal", "aten.rsqrt", "aten.log")
 
@@ -21,7 +46,7 @@ def elementwise(call: Call) -> Result:
     if len(tensors) == 1 and tensors[0].shape == call.shape:
         if tensors[0].weight and call.target.startswith(_INFINITE_AT_ZERO):
             _never_zero(call, tensors[0])
-        return tensors[0]
+        return replace(tensors[0], rest=_rest(call, [tensors[0].rest]))
     activations = [value for value in tensors if not value.weight]
     for value in tensors if activations else ():
         for dim in value.dims if value.weight else ():
@@ -32,7 +57,26 @@ def elementwise(call: Call) -> Result:
     out = values.broadcast(call.labels, tensors, call.shape)
     if len(activations) > 1 and call.target.startswith("aten.add"):
         _mark_stream(call, activations[0], activations[1])
-    return out
+    return replace(out, rest=_rest(call, values.remainder(tensors, out)))
+
+
+def _rest(call: Call, rests: list[int]) -> int:
+    """What a silenced unit emits here, given what enters."""
+    name = call.target.split(".")[1].rstrip("_")
+    if name in _PRODUCTS:
+        first = rests[:1] if name != "mul" else rests
+        return NOTHING if NOTHING in first else max(rests)
+    if name in _CHOICES:  # of a condition and what it chooses from
+        chosen = [rest for node, rest in zip(call.node.all_input_nodes, rests, strict=False) if _is_number(node)]
+        zero = not any(chosen) and (name == "where" or call.argument("value") == 0)
+        return NOTHING if zero else max(rests)
+    numbers = name in _SUMS and any(isinstance(item, (int, float)) and item for item in call.node.args[1:])
+    return max(*rests, NOTHING if name in _ZERO_AT_ZERO | _SUMS and not numbers else CONSTANT)
+
+
+def _is_number(node: fx.Node) -> bool:
+    found = node.meta.get("val")
+    return isinstance(found, Tensor) and found.dtype != torch.bool
 
 
 def _never_zero(call: Call, value: Value) -> None:
@@ -63,14 +107,16 @@ def glu(call: Call) -> Value:
     dim = call.args[1] % len(x.shape)
     half = x.shape[dim] // 2
     pieces = [values.cut(call.labels, x, dim, start, start + half) for start in (0, half)]
-    return values.broadcast(call.labels, pieces, call.shape)
+    return replace(values.broadcast(call.labels, pieces, call.shape), rest=x.rest)
 
 
 def like(call: Call) -> Value:
     """A constant of the same shape."""
-    return replace(call.value(0), weight=False) if call.value(0).shape == call.shape else uniform(call)
+    rest = NOTHING if "zeros" in call.target else CONSTANT
+    return replace(call.value(0), weight=False, rest=rest) if call.value(0).shape == call.shape else uniform(call)
 
 
 def uniform(call: Call) -> Value:
     """A tensor of one number: it has whatever size the code asks for, so it holds nothing back."""
-    return Value(call.shape, tuple(call.labels.fresh(size) if size > 1 else ONE for size in call.shape))
+    dims = tuple(call.labels.fresh(size) if size > 1 else ONE for size in call.shape)
+    return Value(call.shape, dims, rest=NOTHING if "zeros" in call.target else CONSTANT)

@@ -12,7 +12,9 @@ from td_plugin.graph import norms
 from td_plugin.graph.context import Call, Result
 from td_plugin.graph.elementwise import elementwise
 from td_plugin.graph.labels import Dim
-from td_plugin.graph.values import ONE, Value, resolve
+from td_plugin.graph.values import CONSTANT, NOTHING, ONE, VARYING, Value, resolve
+
+_MOVES = ("aten.roll", "aten.flip", "aten.sort", "aten.topk")
 
 
 def embedding(call: Call) -> Value:
@@ -36,7 +38,7 @@ def index(call: Call) -> Result:
         call.labels.pin(picked, reason)
     made = len(call.shape) - (len(x.shape) - len(indexed))
     before, after = x.dims[: indexed[0]], x.dims[indexed[-1] + 1 :]
-    return Value(call.shape, (*before, *("picked entries",) * made, *after), weight=x.weight)
+    return replace(x, shape=call.shape, dims=(*before, *("picked entries",) * made, *after))
 
 
 def gather(call: Call) -> Value:
@@ -72,7 +74,7 @@ def index_add(call: Call) -> Value:
         for dim in (one, other) if place == along else ():
             call.labels.pin(dim, f"entries of it are picked: {call.location}")
         dims.append("picked entries" if place == along else call.labels.join(one, other))
-    return Value(call.shape, tuple(dims))
+    return Value(call.shape, tuple(dims), rest=max(x.rest, source.rest))
 
 
 def over(call: Call) -> Result:
@@ -81,7 +83,8 @@ def over(call: Call) -> Result:
     along = _places(x, call.argument("dim", call.argument("dims", -1)))
     _pin(call, x, along, "its entries are compared or mixed")
     dims = tuple("entries that are mixed" if dim in along else found for dim, found in enumerate(x.dims))
-    return _results(call, replace(x, dims=dims))
+    moved = call.target.startswith(_MOVES) or (x.rest == NOTHING and "softmax" not in call.target)
+    return _results(call, replace(x, dims=dims, rest=x.rest if moved else max(x.rest, CONSTANT)))
 
 
 def windows(call: Call) -> Result:
@@ -101,7 +104,8 @@ def pad(call: Call) -> Value:
         if any(call.args[1][2 * place : 2 * place + 2]):
             call.labels.pin(dims[-1 - place], f"it is padded: {call.location}")
             dims[-1 - place] = "a padded dimension"
-    return replace(x, shape=call.shape, dims=tuple(dims))
+    filled = x.rest == NOTHING and not call.argument("value")
+    return replace(x, shape=call.shape, dims=tuple(dims), rest=NOTHING if filled else VARYING)
 
 
 def reduction(call: Call) -> Result:
@@ -111,7 +115,7 @@ def reduction(call: Call) -> Result:
     keep = len(call.shape) == len(x.shape)
     _pin(call, x, [dim for dim in gone if not norms.mean_square(call, x.dims[dim])], "it is reduced")
     dims = tuple(ONE if dim in gone else found for dim, found in enumerate(x.dims) if keep or dim not in gone)
-    return _results(call, Value(call.shape, dims, weight=x.weight))
+    return _results(call, Value(call.shape, dims, weight=x.weight, rest=x.rest))
 
 
 def extremum(call: Call) -> Result:

@@ -10,7 +10,7 @@ from torch import Tensor
 from td_plugin.graph import values
 from td_plugin.graph.context import Call, Result
 from td_plugin.graph.labels import Dim
-from td_plugin.graph.values import Value, resolve
+from td_plugin.graph.values import CONSTANT, VARYING, Value, resolve
 
 
 def identity(call: Call) -> Value:
@@ -57,13 +57,20 @@ def unsqueeze(call: Call) -> Value:
 
 
 def expand(call: Call) -> Value:
-    """Dimensions of size one are repeated."""
+    """Dimensions of size one are repeated.
+
+    Copies of what no unit runs through hold nothing back, as in a mask for every head. Others stay with their units.
+    """
     x = call.value(0)
+    free = not x.labelled
     for _ in range(len(call.shape) - len(x.shape)):
         x = values.insert(x, 0)
-    # A repeated entry is not a unit: all copies stay, in step with whatever they meet.
-    dims = tuple("copies of one entry" if a != b else d for d, a, b in zip(x.dims, x.shape, call.shape, strict=True))
-    return replace(x, shape=call.shape, dims=dims)
+    dims = list(x.dims)
+    for place, (one, several) in enumerate(zip(x.shape, call.shape, strict=True)):
+        if one != several:
+            dims[place] = call.labels.fresh(several) if free else "copies of one entry"
+    rest = x.rest if not free else CONSTANT if x.weight else VARYING
+    return replace(x, shape=call.shape, dims=tuple(dims), rest=rest)
 
 
 def repeat_interleave(call: Call) -> Result:
@@ -104,7 +111,8 @@ def concatenate(call: Call) -> Value:
         dims = [d if i == along else call.labels.join(d, value.dims[i]) for i, d in enumerate(dims)]
     if any(isinstance(value.dims[along], Tensor) for value in tensors):
         dims[along] = torch.cat([_labels_of(call, value, along) for value in tensors])
-    return Value(call.shape, tuple(dims), weight=weight)
+    rest = max(value.rest for value in tensors)
+    return Value(call.shape, tuple(dims), weight=weight, rest=rest)
 
 
 def _labels_of(call: Call, value: Value, dim: int) -> Tensor:
@@ -120,7 +128,8 @@ def stack(call: Call) -> Value:
     """Tensors of one shape along a new dimension."""
     first, *others = (resolve(call.labels, value) for value in call.values(0))
     out = values.broadcast(call.labels, [first, *others], first.shape)
-    return replace(values.insert(out, call.args[1] % len(call.shape)), shape=call.shape)
+    rest = max(value.rest for value in (first, *others))
+    return replace(values.insert(out, call.args[1] % len(call.shape)), shape=call.shape, rest=rest)
 
 
 def split(call: Call) -> Result:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from td_plugin.graph.context import Call
 from td_plugin.graph.labels import Dim
-from td_plugin.graph.values import Value, resolve
+from td_plugin.graph.values import CONSTANT, NOTHING, Value, resolve
 from td_plugin.units import MeanNorm
 
 
@@ -23,7 +23,7 @@ def batch_norm(call: Call) -> Value:
             call.labels.role(found.dims[0], "carried" if position < 3 else "statistics")
     if call.optional(3) is None and call.target.startswith("aten.batch_norm"):
         call.labels.pin(x.dims[1], f"BatchNorm without running statistics: {call.location}")
-    return replace(x, weight=False)
+    return replace(x, weight=False, rest=_rest(x, call.optional(1), call.optional(2)))
 
 
 def layer_norm(call: Call) -> Value:
@@ -52,7 +52,12 @@ def group_norm(call: Call) -> Value:
         if found is not None:
             call.labels.join(channels, found.dims[0])
             call.labels.role(found.dims[0], "carried")
-    return replace(x, weight=False)
+    return replace(x, weight=False, rest=x.rest if call.optional(2) is None else NOTHING)
+
+
+def _rest(x: Value, weight: Value | None, bias: Value | None) -> int:
+    """A norm whose scale and shift are silenced emits nothing; one without them, a constant."""
+    return NOTHING if weight is not None and bias is not None else max(x.rest, CONSTANT)
 
 
 def rms_norm(call: Call) -> Value:
@@ -68,7 +73,7 @@ def rms_norm(call: Call) -> Value:
     else:
         for place in range(1, len(call.args[1]) + 1):
             call.labels.pin(x.dims[-place], f"an RMSNorm without weight or epsilon: {call.location}")
-    return replace(x, weight=False)
+    return replace(x, weight=False, rest=NOTHING if noted else x.rest)
 
 
 def mean_square(call: Call, dim: Dim) -> bool:

@@ -30,6 +30,8 @@ def evaluate(call: Call) -> Result:
     name = ".".join(call.target.split(".")[1:2])
     if name in UNIFORM:
         return elementwise.uniform(call)
+    if name in COPIES:
+        return moves.expand(call)
     if not any(value.labelled for value in call.tensors):
         return _weightless(call)
     rule = RULES.get(name) or next((rule for prefix, rule in PREFIXES.items() if name.startswith(prefix)), None)
@@ -63,6 +65,7 @@ def _rules(*entries: tuple[Rule, str]) -> Iterable[tuple[str, Rule]]:
 
 
 UNIFORM = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"})
+COPIES = frozenset({"expand", "expand_as", "broadcast_to"})
 
 RULES: dict[str, Rule] = dict(
     _rules(
@@ -70,6 +73,7 @@ RULES: dict[str, Rule] = dict(
         (products.matmul, "mm bmm matmul mv dot"),
         (products.addmm, "addmm baddbmm"),
         (products.einsum, "einsum"),
+        (products.grouped_product, "_grouped_mm grouped_mm_fallback"),
         (attention.attention, "scaled_dot_product_attention"),
         (recurrent.recurrent, "lstm gru rnn_tanh rnn_relu"),
         (elementwise.elementwise, "where masked_fill masked_fill_"),
@@ -83,7 +87,6 @@ RULES: dict[str, Rule] = dict(
         (moves.permute, "permute"),
         (moves.movedim, "movedim moveaxis"),
         (moves.unsqueeze, "unsqueeze"),
-        (moves.expand, "expand expand_as broadcast_to"),
         (moves.repeat_interleave, "repeat_interleave"),
         (moves.repeat, "repeat tile"),
         (moves.concatenate, "cat concat concatenate"),

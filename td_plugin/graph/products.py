@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from td_plugin.graph.context import Call, Result
 from td_plugin.graph.labels import Dim
-from td_plugin.graph.values import Value, resolve
+from td_plugin.graph.values import NOTHING, VARYING, Value, remove, resolve
 
 
 def contract(call: Call, terms: Sequence[str], result: str, values: Sequence[Value]) -> Value:
@@ -33,7 +34,18 @@ def contract(call: Call, terms: Sequence[str], result: str, values: Sequence[Val
     }
     call.product(values, prod(sizes.values()), [weights.get(letter, dim) for letter, dim in dims.items()])
     shape, out = zip(*((sizes[letter], dims[letter]) for letter in result), strict=True) if result else ((), ())
-    return Value(shape, out, weight=all(value.weight for value in values))
+    value = Value(shape, out, weight=all(value.weight for value in values))
+    return replace(value, rest=_rest(terms, result, values, dims))
+
+
+def _rest(terms: Sequence[str], result: str, values: Sequence[Value], dims: Mapping[str, Dim]) -> int:
+    """What silenced units leave: of a unit that a weight makes, nothing; of one that passes, what enters."""
+    rests = []
+    for letter in result:
+        having = [v for t, v in zip(terms, values, strict=True) if letter in t and v.shape[t.index(letter)] > 1]
+        if isinstance(dims[letter], Tensor) and not any(v.weight or v.rest == NOTHING for v in having):
+            rests.append(max(v.rest for v in having) if len(having) == len(values) else VARYING)
+    return max(rests, default=NOTHING)
 
 
 def _roles(call: Call, terms: Sequence[str], result: str, values: Sequence[Value]) -> None:
@@ -58,6 +70,7 @@ def _weight_role(call: Call, letter: str, dim: Dim, result: str, meets: Sequence
     elif meets:
         call.labels.role(dim, "consumer")
         term, source = meets[0]
+        call.consume(dim, source)
         call.read(dim, source, term.index(letter))
     else:
         call.labels.pin(dim, f"a weight is summed over it: {call.location}")
@@ -75,6 +88,9 @@ def _add_bias(call: Call, out: Value, bias: Value | None, dim: int) -> Value:
     if bias is not None:
         call.labels.join(out.dims[dim], bias.dims[0])
         call.labels.role(bias.dims[0], "carried")
+        for place, passing in enumerate(out.dims):
+            if place != dim % len(out.dims):
+                call.labels.pin(passing, f"a bias of another dimension is added to its units: {call.location}")
     return out
 
 
@@ -109,6 +125,15 @@ def addmm(call: Call) -> Value:
     return out
 
 
+def grouped_product(call: Call) -> Result:
+    """``x [n, i], w [experts, i, o]``: consecutive rows of x meet the weight of one expert."""
+    x, weight = call.value(0), resolve(call.labels, call.value(1))
+    if (len(x.shape), len(weight.shape)) != (2, 3):
+        return call.unknown("a product of groups that are not rows")
+    call.labels.pin(weight.dims[0], "experts")
+    return contract(call, ("ny", "yz"), "nz", (x, remove(weight, 0)))
+
+
 def einsum(call: Call) -> Result:
     """An einsum without ellipses."""
     terms, _, result = str(call.args[0]).replace(" ", "").partition("->")
@@ -132,6 +157,7 @@ def convolution(call: Call) -> Result:
         labels.join(x.dims[1], in_dim)
         labels.role(in_dim, "consumer")
         labels.role(out_dim, "ranked")
+        call.consume(x.dims[1], x)
         call.read(in_dim, x, 1, padded)
     else:
         out_dim = _grouped(call, x, weight, groups, transposed, padded)
@@ -157,6 +183,7 @@ def _grouped(call: Call, x: Value, weight: Value, groups: int, transposed: bool,
         return _depthwise(call, torch.as_tensor(inputs), torch.as_tensor(outer), inner, transposed)
     labels.join(labels.merge(torch.as_tensor(inputs).view(groups, -1).T.contiguous()), inner)
     labels.role(inner, "consumer")
+    call.consume(inputs, x)
     call.read(inner, x, 1, padded)
     labels.merge(torch.as_tensor(outer).view(groups, -1).T.contiguous())
     labels.role(outer, "ranked")

@@ -49,4 +49,5 @@ def _recurrent_layer(call: Call, parameters: Sequence[Value], unit: Dim, layer_i
     labels.join(incoming.dims[1], layer_input)
     labels.role(incoming.dims[1], "consumer")
     if x is not None:
+        call.consume(incoming.dims[1], x)
         call.read(incoming.dims[1], x, len(x.shape) - 1)

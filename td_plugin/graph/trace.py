@@ -55,7 +55,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> ExportedProgra
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch logs and prints half a graph when it fails; what matters of it is in the exception."""
+    """Torch logs and prints half a graph when it fails; what matters of it is in the exception."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

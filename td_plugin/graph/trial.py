@@ -54,7 +54,8 @@ def meta_run(example_inputs: Mapping[str, Any]) -> Run:
     """A forward of `example_inputs` that computes shapes only.
 
     The meta device is the fastest. Where a forward makes its own CPU tensors, all pretend to be on the CPU; where it
-    looks at data, `torch.export` guesses. torch's flags for exporting are set, as in the trace, so that checks on data are skipped.
+    looks at data, `torch.export` guesses. torch's flags for exporting are set, as in the trace: checks on data are
+    skipped.
 
     Args:
         example_inputs: as the model is called, by name. No size among them should be a multiple of a number of heads:
@@ -63,7 +64,6 @@ def meta_run(example_inputs: Mapping[str, Any]) -> Run:
     Returns:
         a function from a model on the meta device to its output; it raises what the forward raises.
     """
-
     inputs = dict(example_inputs)
 
     def run(model: nn.Module) -> Any:

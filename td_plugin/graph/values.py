@@ -13,6 +13,8 @@ from td_plugin.graph.labels import Dim, Labels
 INSIDE = "entries inside a unit"
 ONE = "a dimension of size one"
 
+NOTHING, CONSTANT, VARYING = 0, 1, 2
+
 Block = tuple[list[int], list[int]]
 """Dimensions of one shape and of another that hold the same entries."""
 
@@ -39,6 +41,7 @@ class Value:
         dims: the labels of each dimension, or why it cannot shrink.
         joint: labels of the dimensions that were split and not yet told apart.
         weight: whether it is made of parameters and buffers alone.
+        rest: what the entries of a silenced unit are: zero, a constant, or something that depends on the inputs.
         name: of its node.
     """
 
@@ -46,6 +49,7 @@ class Value:
     dims: tuple[Dim, ...]
     joint: Joint | None = None
     weight: bool = False
+    rest: int = NOTHING
     name: str = field(default="", compare=False)
 
     @property
@@ -206,6 +210,18 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[Block]:
             products[side] *= (old, new)[side][dim]
         blocks.append(taken)
     return blocks
+
+
+def remainder(values: Sequence[Value], out: Value) -> list[int]:
+    """What each operand holds where a unit of `out` is silenced; one that lacks the unit's dimension is the same."""
+    places = [place - len(out.dims) for place, dim in enumerate(out.dims) if isinstance(dim, Tensor)]
+
+    def one(value: Value) -> int:
+        if all(-place <= len(value.shape) and value.shape[place] != 1 for place in places):
+            return value.rest
+        return CONSTANT if value.weight else VARYING
+
+    return [one(value) for value in values]
 
 
 def broadcast(labels: Labels, values: Sequence[Value], shape: Sequence[int]) -> Value:
