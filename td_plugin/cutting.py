@@ -43,7 +43,8 @@ def cut_all(model: nn.Module, cuts: Iterable[tuple[UnitGroup, Tensor]]) -> None:
     cuts = list(cuts)
     places = tensor_places(model)
     tensors, masks = _stays(model, cuts)
-    norms = [(norm, _weight(model, norm)) for group, _ in cuts for norm in group.norms]
+    shared = dict.fromkeys(norm for group, _ in cuts for norm in group.norms)  # over a concatenation: of two groups
+    norms = [(norm, _weight(model, norm)) for norm in shared]
     for key, by_dim in masks.items():
         old = tensors[key]
         new = old.detach()

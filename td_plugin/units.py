@@ -91,7 +91,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class MeanNorm:
-    """A norm that divides by a mean over the units (RMSNorm): fewer units need a larger `epsilon` and smaller weights.
+    """A norm that divides by a mean over the units (RMSNorm): fewer units need a larger `epsilon` and larger weights.
 
     Attributes:
         module: fully qualified module name; its ``weight`` scales the units.

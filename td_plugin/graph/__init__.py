@@ -1,0 +1,1 @@
+"""Units of any model from its traced graph: labels of dimensions, and the operators that equate them."""
