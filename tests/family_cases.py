@@ -26,7 +26,7 @@ LLAMA = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads"
 LLAMA |= {"head_dim": 6, "intermediate_size": 44, "max_position_embeddings": 40}
 QWEN2 = {**LLAMA, "hidden_size": 48, "tie_word_embeddings": False}  # it has heads of 48 / 8 = 6, and no head_dim
 QWEN2.pop("head_dim")
-T5 = {**IDS, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 44, "decoder_start_token_id": 1}
+T5 = {**IDS, "d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 6, "d_ff": 44, "decoder_start_token_id": 1}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
 PAIR = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 PAIR |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 44, "decoder_ffn_dim": 40, "decoder_start_token_id": 2}

@@ -26,7 +26,7 @@ LEVELS = (0.5, 0.3, 0.75)
 
 TABLE = ("bert", "bert_decoder", "roberta", "distilbert", "vit")
 HIDDEN = ("llama", "llama_mha", "qwen2", "qwen3", "mixtral")
-DEPTH = ("vit", "deit", "modernbert", "swin", "convnext", "gpt2", "opt", "llama", "qwen3", "whisper", "clip", "own_vit")
+DEPTH = ("vit", "deit", "modernbert", "swin", "convnext", "gpt2", "opt", "llama", "qwen3", "t5", "whisper", "clip")
 
 
 class Pruned:
@@ -73,8 +73,9 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Of the largest output, where that is above one."""
     assert one.keys() == other.keys() and one
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(min=1)) for name in one)
 
 
 def parameters(model: nn.Module) -> int:

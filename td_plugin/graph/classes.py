@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from td_plugin.graph.labels import Labels, Owner
+from td_plugin.graph.labels import UNKNOWN, Labels, Owner
 from td_plugin.units import FixedGroup, Kind, MeanNorm, Read, Slice, UnitGroup, Work
 
 Signature = tuple[tuple[int, int], ...]
@@ -62,6 +62,7 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
     for one, norms, reads in zip(classes, *_touching(labels, root, classes), strict=True):
         slices = _slices(labels, root, one, order)
         if not slices["ranked"]:
+            found.fixed += _unread(one, slices)
             continue
         kind = _kind(one, marks)
         name = _name(slices["ranked"], kind)
@@ -78,6 +79,15 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
     found.work = tuple(_work(labels, root))
     found.visitors = _visitors(labels, root, found.groups)
     return found
+
+
+def _unread(one: _Class, slices: Mapping[str, tuple[Slice, ...]]) -> list[FixedGroup]:
+    """Tensors that only an unknown operator reads: without a word they would look forgotten."""
+    parts = list(chain(*slices.values()))
+    if not one.reason.startswith(UNKNOWN) or not parts:
+        return []
+    tensors = tuple(dict.fromkeys(part.fqn for part in parts))
+    return [FixedGroup(parts[0].module or parts[0].fqn, tensors, len(one.roots), one.reason)]
 
 
 def _by_signature(labels: Labels, root: Tensor) -> list[_Class]:

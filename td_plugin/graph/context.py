@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from td_plugin.graph.labels import Dim, Labels, Product
+from td_plugin.graph.labels import UNKNOWN, Dim, Labels, Product
 from td_plugin.graph.values import VARYING, Value, fixed
 from td_plugin.units import Read
 
@@ -109,7 +109,7 @@ class Call:
         out = [fixed(shape, reason) for shape in self.shapes]
         return out if isinstance(self.node.meta.get("val"), (list, tuple)) else out[0]
 
-    def unknown(self, what: str = "an operator whose rule is not known") -> Result:
+    def unknown(self, what: str = UNKNOWN) -> Result:
         """Pin every dimension that goes in; what comes out cannot shrink either."""
         reason = f"{what}: {self.location}"
         for value in self.tensors:

@@ -20,6 +20,9 @@ from td_plugin.units import MeanNorm, Read
 Role = Literal["ranked", "carried", "consumer", "statistics"]
 """Rows that compute a unit; biases and scales of it; columns that read it; buffers of it."""
 
+UNKNOWN = "an operator whose rule is not known"
+"""How the reason of such a pin begins."""
+
 Dim = Tensor | str
 """The labels of a dimension, ``[size]`` int64, or the reason why it cannot shrink."""
 
