@@ -84,7 +84,8 @@ def shrink(
     if not taken.removed:
         raise _nothing_removed(model, taken.zeros, structure)
     if optimizer is not None:
-        carry_over(optimizer, model, small, kept, taken.renamed)
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # buffers have no moments
+        carry_over(optimizer, model, small, {n: cut for n, cut in kept.items() if n in names}, taken.renamed)
     return small
 
 

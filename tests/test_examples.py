@@ -38,6 +38,15 @@ def test_the_trainer(tmp_path: Path) -> None:
     assert "pruned over dense" in text
 
 
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    text = output_of(str(EXAMPLES / "03_any_model.py"), tmp_path)
+    found = re.search(r"([\d,]+) -> ([\d,]+) parameters; accuracy, trained on: ([\d.]+)\nreloaded: ([\d.]+)", text)
+    assert found is not None, text
+    before, after = (int(count.replace(",", "")) for count in found.groups()[:2])
+    assert after < before / 2
+    assert float(found[3]) > 0.93 and found[4] == found[3]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_they_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
