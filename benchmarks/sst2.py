@@ -41,7 +41,7 @@ def methods(args: argparse.Namespace) -> dict[str, list[TargetedDropoutCallback]
     """The runs of one seed: equal budgets, equal learning rate; only the callback differs."""
     runs: dict[str, list[TargetedDropoutCallback]] = {"dense": []}
     for level in LEVELS:
-        recipe = td.recipes.ramping_targeted_unit(args.drop_rate)
+        recipe = td.recipes.ramping_targeted_unit(args.drop_rate, members=args.members)
         runs[f"targeted-{level}"] = [
             TargetedDropoutCallback(recipe, level, seed=args.seed, recipe_steps=args.ramp, squash=False)
         ]
@@ -157,6 +157,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--drop-rate", type=float, default=0.99)
+    parser.add_argument("--members", choices=["producers", "all"], default="producers", help="what ranks a unit")
     parser.add_argument("--ramp", type=float, default=0.6, help="share of the run over which γ and α grow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -14,10 +14,28 @@ TOLERANCE = 1e-3
 
 
 def outputs_of(model: nn.Module, program: ExportedProgram) -> list[Tensor]:
-    """The floating-point tensors that `model` returns for the inputs of `program`; [] on the meta device."""
+    """The floating-point tensors that `model` returns for the inputs of `program`.
+
+    Raises:
+        TdError: the model does not run.
+    """
+    try:
+        return _run(model, program)
+    except Exception as error:  # whatever the model's own code raises
+        fix = "give example_inputs as the model is called: a dict by the names of its arguments"
+        raise _failed("the model does not run with these inputs", model, error, fix) from error
+
+
+def _run(model: nn.Module, program: ExportedProgram) -> list[Tensor]:
     args, kwargs = program.example_inputs or ((), {})
     leaves = pytree.tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _failed(what: str, model: nn.Module, error: Exception, fix: str) -> TdError:
+    text = str(error).strip()
+    got = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return TdError(what, where=type(model).__name__, got=got, fix=fix)
 
 
 def check_same(model: nn.Module, program: ExportedProgram, before: list[Tensor]) -> None:
@@ -27,14 +45,10 @@ def check_same(model: nn.Module, program: ExportedProgram, before: list[Tensor])
         TdError: shapes or values differ by more than rounding, or the model does not run.
     """
     try:
-        after = outputs_of(model, program)
+        after = _run(model, program)
     except Exception as error:  # whatever the model's own code raises
-        raise TdError(
-            "the model's code does not run with these widths",
-            where=type(model).__name__,
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            fix="keep at least one unit of every layer: floors={}",
-        ) from error
+        fix = "keep at least one unit of every layer: floors={}"
+        raise _failed("the model's code does not run with these widths", model, error, fix) from error
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape:
             raise _other(model, f"{list(new.shape)} instead of {list(old.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -76,18 +76,28 @@ def fold(model: nn.Module, group: UnitGroup, gone: Gone, seen: Mapping[str, Tens
         TdError: what is left is not constant, or the layer that reads it has no place for a bias.
     """
     made = []
-    consumers = {part.fqn: part for part in group.consumers}
-    for read in group.reads:
-        part = consumers.get(read.consumer)
-        mask = gone.get(read.consumer, {}).get(part.dim) if part is not None else None
-        if part is None or mask is None or not bool(mask.any()):
+    for part in group.consumers:
+        reads = [read for read in group.reads if read.consumer == part.fqn]
+        mask = gone.get(part.fqn, {}).get(part.dim)
+        if mask is None or not reads:
             continue
-        emitted = _constants(group, read, seen[read.value], mask)
+        mask = mask & (part.units(len(mask)) >= 0)  # behind a concatenation the others are of other groups
+        if not bool(mask.any()):
+            continue
+        emitted = _agreed(group, part, [_constants(group, read, seen[read.value], mask) for read in reads])
         if bool(emitted.any()):
-            if read.padded:
-                raise _unfoldable(group, f"{read.consumer} pads with zeros, so its input is no constant at the border")
+            if any(read.padded for read in reads):
+                raise _unfoldable(group, f"{part.fqn} pads with zeros, so its input is no constant at the border")
             made += _add(model, group, part, mask, emitted)
     return made
+
+
+def _agreed(group: UnitGroup, part: Slice, constants: Sequence[Tensor]) -> Tensor:
+    """The one constant of a layer's reads: a layer that is used several times adds its bias every time."""
+    first = constants[0]
+    if any(not torch.allclose(first, other, rtol=1e-5, atol=1e-8) for other in constants[1:]):
+        raise _unfoldable(group, f"{part.fqn} reads different constants where it is used several times")
+    return first
 
 
 def _constants(group: UnitGroup, read: Read, value: Tensor, mask: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def _constants(group: UnitGroup, read: Read, value: Tensor, mask: Tensor) -> Ten
     if entries.shape[0] != len(mask):
         if bool(entries.any()):
             raise _unfoldable(group, f"{read.consumer} reads it in groups")
-        return entries.new_zeros(int(mask.sum()))
+        return torch.zeros(int(mask.sum()), dtype=torch.float64, device=value.device)
     rows = entries[mask.to(entries.device)].reshape(int(mask.sum()), -1).to(torch.float64)
     middle = rows.mean(1)
     exact = value.dtype in (torch.float32, torch.float64)
@@ -125,7 +135,8 @@ def _add(model: nn.Module, group: UnitGroup, part: Slice, mask: Tensor, emitted:
         raise _unfoldable(group, f"{part.fqn} is a grouped or transposed convolution")
     added = torch.einsum("e,eo->o", emitted.to(columns.device), columns.reshape(*columns.shape[:2], -1).sum(-1))
     old = module._parameters.get(name)
-    if old is None and not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    own = old is not None and name != part.tensor and old.shape == added.shape
+    if not own and (old is not None or not isinstance(module, (nn.Linear, *_CONVOLUTIONS))):
         raise _unfoldable(group, f"{part.fqn} has no bias")
     with torch.no_grad():
         if old is not None:

@@ -3,52 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = Mapping[str, Tensor]
-"""Inputs by name, as the model is called; the first dimension of each is the batch."""
+Batch = Mapping[str, Any]
+"""Inputs by name, as the model is called: tensors whose first dimension is the batch, and flags (``use_cache``)."""
+
+# Texts of an encoder-decoder have lengths of their own; transformers tells them apart by these beginnings.
+_SIDES = ("decoder_", "encoder_")
+# Floats with one row per token, as transformers calls them; the sizes of any other float are the model's own.
+_STATES = ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states")
 
 
-def is_sequence(tensor: Tensor) -> bool:
-    """Whether the second dimension of an input is the length of a text: rank 2, integer or bool."""
-    return tensor.ndim == 2 and not tensor.is_floating_point()
+def tensors_of(inputs: Batch) -> dict[str, Tensor]:
+    """The inputs of a graph: those that are tensors."""
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
-def resized(inputs: Batch, rows: int, length: int | None = None) -> dict[str, Tensor]:
-    """`inputs` cut or repeated to `rows` rows and, for text inputs, `length` tokens."""
-    result = {}
-    for name, tensor in inputs.items():
+def flags_of(inputs: Batch) -> dict[str, Any]:
+    """The inputs that a graph cannot have: booleans, numbers, strings and None are constants of the call."""
+    return {
+        name: value for name, value in inputs.items() if value is None or isinstance(value, (bool, int, float, str))
+    }
+
+
+def sequence_axes(inputs: Batch) -> dict[str, str]:
+    """Name of each text input -> what its second dimension, the length of the text, is called.
+
+    A text is of rank 2 and integer or bool, or hidden states by their name in transformers. Inputs of one text share
+    an axis: ``sequence``, ``decoder_sequence`` or ``encoder_sequence``; another length on the same side gets its own.
+    """
+    known: dict[tuple[str, int], str] = {}
+    axes = {}
+    for name, tensor in tensors_of(inputs).items():
+        if (tensor.ndim == 2 and not tensor.is_floating_point()) or (tensor.ndim == 3 and name in _STATES):
+            side = next((side for side in _SIDES if name.startswith(side)), "")
+            usual = f"{side}sequence"
+            axis = usual if usual not in known.values() else f"{name}_sequence"
+            axes[name] = known.setdefault((side, tensor.shape[1]), axis)
+    return axes
+
+
+def text_lengths(inputs: Batch) -> dict[str, int]:
+    """Axis of `sequence_axes` -> tokens."""
+    return {axis: inputs[name].shape[1] for name, axis in sequence_axes(inputs).items()}
+
+
+def text_length(inputs: Batch) -> int | None:
+    """Tokens of the first text; None where there are none."""
+    return next(iter(text_lengths(inputs).values()), None)
+
+
+def resized(inputs: Batch, rows: int, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """`inputs` cut or repeated to `rows` rows and, where `lengths` names their axis, to as many tokens."""
+    axes, result = sequence_axes(inputs), dict(inputs)
+    for name, tensor in tensors_of(inputs).items():
         result[name] = tensor[torch.arange(rows) % tensor.shape[0]]
-        if length is not None and is_sequence(tensor):
+        length = (lengths or {}).get(axes.get(name, ""))
+        if length is not None:
             result[name] = result[name][:, torch.arange(length) % tensor.shape[1]]
     return result
 
 
-def text_length(inputs: Batch) -> int | None:
-    """Tokens of the text inputs; None where there are none."""
-    return next((tensor.shape[1] for tensor in inputs.values() if is_sequence(tensor)), None)
+def traced_example(inputs: Batch) -> dict[str, Any]:
+    """An example in which no two dimensions can be taken for one another.
+
+    torch.export turns a dimension of 1 into a constant. Two rows, and texts that are shorter than the longest probe
+    and have no length in common with the batch or with each other, leave nothing to mix up.
+    """
+    return resized(inputs, 2, _apart({axis: max(3, length // 2) for axis, length in text_lengths(inputs).items()}, 1))
 
 
-def make_probe_batches(example_inputs: Batch) -> list[dict[str, Tensor]]:
+def make_probe_batches(example_inputs: Batch) -> list[dict[str, Any]]:
     """Batches made of the example's rows that a faithful ONNX file must get right.
 
     One and three rows; for text also two lengths (the example's and a third of it), and among three rows one padded
-    on the right and one on the left.
+    on the right and one on the left. Two texts never have one length.
 
     Args:
-        example_inputs: dict of tensors, first dimension the batch.
+        example_inputs: dict of tensors, first dimension the batch, and flags.
     """
-    length = text_length(example_inputs)
-    lengths: list[int | None] = [None]
-    if length is not None:
-        lengths = [max(1, length // 3), max(2, length)]
-    batches = [resized(example_inputs, rows, size) for rows in (1, 3) for size in lengths]
+    found = text_lengths(example_inputs)
+    sizes: list[dict[str, int]] = [{}]
+    if found:
+        sizes = [
+            {axis: max(least, length // share) for axis, length in found.items()} for least, share in ((1, 3), (2, 1))
+        ]
+    batches = [resized(example_inputs, rows, _apart(size, -1)) for rows in (1, 3) for size in sizes]
     for batch in batches:
-        mask = batch.get("attention_mask")
-        if mask is not None and is_sequence(mask) and len(mask) == 3:
-            padding = mask.shape[1] // 3
-            mask[0, mask.shape[1] - padding :] = 0
-            mask[1, :padding] = 0
+        for name in sequence_axes(batch).keys() & {"attention_mask", "decoder_attention_mask"}:
+            mask = batch[name]
+            padding = mask.shape[1] // 3 if len(mask) == 3 else 0
+            mask[:1, mask.shape[1] - padding :] = 0
+            mask[1:2, :padding] = 0
     return batches
+
+
+def _apart(lengths: Mapping[str, int], step: int) -> dict[str, int]:
+    """Lengths of which no two are equal, as far as there are any: the later one gives way by `step`."""
+    result: dict[str, int] = {}
+    for axis, length in lengths.items():
+        while length in result.values() and length + step > 0:
+            length += step  # noqa: PLW2901
+        result[axis] = length
+    return result

@@ -25,17 +25,19 @@ def zero_units(model: nn.Module, group: UnitGroup) -> Tensor:
     return silent
 
 
-def kept_units(group: UnitGroup, zero: Tensor, round_to: Rounding, floor: int) -> Tensor:
+def kept_units(model: nn.Module, group: UnitGroup, zero: Tensor, round_to: Rounding, floor: int) -> Tensor:
     """Indices of the units to keep, ascending: all others are zero; the first zero ones fill up to the width.
 
     Args:
+        model: the one `group` belongs to.
         group: whose units these are.
         zero: ``[units]`` bool, from `zero_units`.
         round_to: as for `shrink`.
         floor: how many stay at least, zero or not.
     """
     needed = min(max(floor, group.units - int(zero.sum())), group.units)
-    width = rounded_width(group.kind, needed, group.units, round_to)
+    width, multiple = rounded_width(group.kind, needed, group.units, round_to), alignment(model, group)
+    width = min(-(-width // multiple) * multiple, group.units)
     return zero.to(torch.uint8).argsort(stable=True)[:width].sort().values
 
 
@@ -65,11 +67,7 @@ class Removal:
 def plan(model: nn.Module, groups: tuple[UnitGroup, ...], round_to: Rounding, floors: Mapping[str, int]) -> Removal:
     """Keep what is not zero, and what rounding and floors ask for."""
     zero = {group: zero_units(model, group) for group in groups}
-    kept = {}
-    for group in groups:
-        multiple = alignment(model, group)
-        rounding = round_to if multiple == 1 else multiple
-        kept[group] = kept_units(group, zero[group], rounding, floors.get(group.kind, 1))
+    kept = {group: kept_units(model, group, zero[group], round_to, floors.get(group.kind, 1)) for group in groups}
     return Removal(kept, sum(int(units.sum()) for units in zero.values()))
 
 
@@ -78,7 +76,8 @@ def alignment(model: nn.Module, group: UnitGroup) -> int:
     for part in group.slices:
         tensor = tensor_of(model, part)
         convolution = isinstance(model.get_submodule(part.module), _ConvNd)
-        if group.kind != "layers" and tensor.ndim == 3 and part.dim > 0 and not convolution:
+        several = tensor.ndim == 3 and len(tensor) > 1  # a positional embedding stands alone
+        if group.kind not in ("layers", "heads") and several and part.dim > 0 and not convolution:
             return max(1, 16 // tensor.element_size())
     return 1
 

@@ -14,11 +14,10 @@ from td_plugin.units import Residue, UnitGroup
 
 def fold_residue(model: nn.Module, group: UnitGroup, keep: Tensor) -> list[str]:
     """Move what the units outside `keep` emit into the biases of the layers that read them; which of those are new."""
-    gone = torch.ones(group.units, dtype=torch.bool)
-    gone[keep] = False
     if group.residue is None:
-        return _nothing_carried(model, group, gone)
-    residue = group.residue
+        refuse_carried(model, group, keep)
+        return []
+    gone, residue = _gone(group, keep), group.residue
     emitted = _emitted(model, group, residue)[gone]  # [gone, rows per unit]
     if not emitted.any():
         return []
@@ -43,15 +42,25 @@ def fold_residue(model: nn.Module, group: UnitGroup, keep: Tensor) -> list[str]:
     return made
 
 
-def _nothing_carried(model: nn.Module, group: UnitGroup, gone: Tensor) -> list[str]:
-    """Without a residue there is nothing to compute it from: biases and norms of the units must be zero."""
+def _gone(group: UnitGroup, keep: Tensor) -> Tensor:
+    gone = torch.ones(group.units, dtype=torch.bool)
+    gone[keep] = False
+    return gone
+
+
+def refuse_carried(model: nn.Module, group: UnitGroup, keep: Tensor) -> None:
+    """Where nobody knows what follows from them, biases and norms of the units outside `keep` must be zero.
+
+    Raises:
+        TdError: one is not.
+    """
+    gone = _gone(group, keep)
     for part in group.carried:
         tensor = tensor_of(model, part).detach().movedim(part.dim, 0)
         owners = part.units(len(tensor))
         if bool(tensor[(owners >= 0) & gone[owners.clamp(min=0)]].any()):
-            fix = "give the group a residue, or silence its biases too"
+            fix = "silence its biases too, or give a group with a residue"
             raise TdError("what a silent unit of this group emits is not known", where=part.fqn, fix=fix)
-    return []
 
 
 def _emitted(model: nn.Module, group: UnitGroup, residue: Residue) -> Tensor:

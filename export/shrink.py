@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from td_plugin.export.constants import fold, measure
 from td_plugin.export.modes import evaluating
 from td_plugin.export.optimizer_state import carry_over
 from td_plugin.export.removal import Removal, gone_entries, kept_units, plan, zero_units
-from td_plugin.export.residue import fold_residue
+from td_plugin.export.residue import fold_residue, refuse_carried
 from td_plugin.given import given_structure
 from td_plugin.layer_cutting import remove_layers
 from td_plugin.model_inputs import model_inputs
 from td_plugin.parametrization import bake
 from td_plugin.structure import survey
-from td_plugin.units import Structure, UnitGroup
+from td_plugin.units import Kind, Structure, UnitGroup
 from td_plugin.widths import Rounding, runtime_width
 
 __all__ = ["cut", "runtime_width", "shrink", "zero_units"]
@@ -68,8 +68,7 @@ def shrink(
 
     Source: targeted dropout (arXiv 1905.13678) leaves the units zero; the folding is exact algebra.
     """
-    if min([round_to] if isinstance(round_to, int) else (round_to or {}).values(), default=1) < 1:
-        raise TdError("widths are rounded to a positive multiple", where="round_to", got=round_to, fix="give 1 or more")
+    _check(model, round_to, floors or {})
     small = copy.deepcopy(model)
     bake(small)
     kept: Kept = {}
@@ -87,6 +86,17 @@ def shrink(
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # buffers have no moments
         carry_over(optimizer, model, small, {n: cut for n, cut in kept.items() if n in names}, taken.renamed)
     return small
+
+
+def _check(model: nn.Module, round_to: Rounding, floors: Mapping[str, int]) -> None:
+    multiples = round_to if isinstance(round_to, Mapping) else {}
+    if min([round_to] if isinstance(round_to, int) else multiples.values(), default=1) < 1:
+        raise TdError("widths are rounded to a positive multiple", where="round_to", got=round_to, fix="give 1 or more")
+    for where, given in (("round_to", multiples), ("floors", floors)):
+        if unknown := sorted(set(given) - set(get_args(Kind))):
+            raise TdError("no such kind of units", where=where, got=unknown, fix=f"one of {get_args(Kind)}")
+    if absent := next((name for name, tensor in model.named_parameters() if tensor.is_meta), None):
+        raise TdError("the weights are not there", where=absent, got="a tensor on the meta device", fix="load them")
 
 
 class Taken(NamedTuple):
@@ -121,7 +131,9 @@ def _take_traced(
     gone = gone_entries(model, removal)
     names = {read.value for group, _ in removal.touched for read in group.reads}
     seen = measure(model, structure.program, names)
-    for group, _ in removal.touched:
+    for group, keep in removal.touched:
+        if group.kind == "layers":
+            refuse_carried(model, group, keep)
         fold(model, group, gone, seen)
     cut_all(model, [(group, keep) for group, keep in removal.touched if group.kind != "layers"])
     _note(kept, gone)
@@ -139,7 +151,7 @@ def _take_known(
     for index in range(len(groups)):  # in computing order: a cut may leave a unit of the next layer without weights
         group = groups[index]
         zero = zero_units(model, group)
-        keep = kept_units(group, zero, round_to, floors.get(group.kind, 1))
+        keep = kept_units(model, group, zero, round_to, floors.get(group.kind, 1))
         zeros, removed = zeros + int(zero.sum()), removed + group.units - len(keep)
         if len(keep) == group.units:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
-from td_plugin.export.probes import Batch, is_sequence, make_probe_batches, resized, text_length
+from td_plugin.export.probes import Batch, flags_of, make_probe_batches, sequence_axes, tensors_of, traced_example
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
 from td_plugin.export.verify import named_outputs, verify
@@ -45,9 +46,10 @@ def to_onnx(
     Args:
         model: float32 or float64.
         path: the file to write.
-        example_inputs: dict of tensors as the model is called (labels are left out); for other modules than
-            transformers' also a tensor or a tuple of tensors. The first dimension is the batch; the second one of
-            integer inputs of rank 2 is the sequence.
+        example_inputs: dict as the model is called (labels are left out); for other modules than transformers' also a
+            tensor or a tuple of tensors. The first dimension is the batch; the second one of integer inputs of rank 2
+            and of ``encoder_hidden_states`` and the like is the length of a text, the decoder's its own. What is no
+            tensor becomes a constant of the graph; a model with a cache is exported without (``use_cache=False``).
         opset: of the ONNX standard operators. From 23 on attention becomes one operator that other tools may not know.
         tolerance: see `verify`.
         metadata: written into the file's ``metadata_props`` next to versions, class, parameters and sparsity.
@@ -64,6 +66,8 @@ def to_onnx(
     ready = copy.deepcopy(model).cpu()
     baked = bake(ready)
     ready.eval()
+    # A graph has no flags among its inputs. What is left of the signature is what the exporters see.
+    ready.forward = functools.partial(ready.forward, **flags_of(example))  # type: ignore[method-assign]
     _check_exportable(ready)
     properties = _provenance(ready, metadata or {})
     with staged_file(path) as staged:
@@ -77,8 +81,8 @@ def to_onnx(
     return Path(path)
 
 
-def _named_inputs(model: nn.Module, example_inputs: Batch | Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-    """Inputs by the names of `forward`'s parameters, on the CPU, without labels."""
+def _named_inputs(model: nn.Module, example_inputs: Batch | Tensor | Sequence[Tensor]) -> dict[str, Any]:
+    """Inputs by the names of `forward`'s parameters, on the CPU, without labels, and the flags they come with."""
     parameters = inspect.signature(model.forward).parameters
     if isinstance(example_inputs, Mapping):
         named = {name: value for name, value in example_inputs.items() if name not in _labels(model)}
@@ -88,13 +92,18 @@ def _named_inputs(model: nn.Module, example_inputs: Batch | Tensor | Sequence[Te
         if len(values) > len(names):
             raise TdError(f"forward names {len(names)} inputs", got=len(values), fix="give a dict of tensors")
         named = dict(zip(names, values, strict=False))
+    tensors, flags = tensors_of(named), flags_of(named)
     for name, value in named.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
+        if name not in flags and (name not in tensors or value.ndim == 0):
             raise TdError("an example input is not a batch of tensors", where=name, got=type(value).__name__)
-    if len({value.shape[0] for value in named.values()}) != 1:
-        shapes = {name: list(value.shape) for name, value in named.items()}
+    if len({value.shape[0] for value in tensors.values()}) != 1:
+        shapes = {name: list(value.shape) for name, value in tensors.items()}
         raise TdError("the example inputs do not share one batch size", got=shapes, fix="first dimension: the batch")
-    return {name: value.detach().cpu() for name, value in named.items()}
+    if flags.get("use_cache"):
+        raise TdError("a graph with a cache cannot be written", where="use_cache", got=True, fix="leave it out")
+    if _is_pretrained(model) and ("use_cache" in parameters or {"past_key_values", "kwargs"} <= parameters.keys()):
+        flags["use_cache"] = False
+    return {**{name: value.detach().cpu() for name, value in tensors.items()}, **flags}
 
 
 def _is_pretrained(model: nn.Module) -> bool:
@@ -129,12 +138,10 @@ def _check_exportable(model: nn.Module) -> None:
 
 def _export(model: nn.Module, example: Batch, opset: int) -> Any:
     """The `onnx_ir.Model` of `model`."""
-    # torch.export turns a dimension of 1 into a constant. Two rows, and a text that is shorter than the longest probe
-    # and has no dimension in common with the batch, leave nothing to mix up.
-    length = text_length(example)
-    example = resized(example, 2, None if length is None else max(3, length // 2))
+    example = tensors_of(traced_example(example))
+    texts = sequence_axes(example)
     dynamic = torch.export.Dim.DYNAMIC  # a named Dim would have to state the model's own maximum length
-    axes = {name: {0: dynamic, 1: dynamic} if is_sequence(value) else {0: dynamic} for name, value in example.items()}
+    axes = {name: {0: dynamic, 1: dynamic} if name in texts else {0: dynamic} for name in example}
     try:
         with torch.no_grad():
             outputs = list(named_outputs(model(**example)))
@@ -172,9 +179,10 @@ def _export_pretrained(model: Any, example: Batch, axes: dict[str, dict[int, Any
 def _tidy(graph: Any, example: Batch) -> None:
     """Name the dynamic dimensions, and drop the traces of the export: they hold paths of this machine."""
     names: dict[str, str] = {}
+    texts = sequence_axes(example)
     for value in graph.graph.inputs:
-        axes = ("batch", "sequence") if is_sequence(example[value.name.removeprefix("input.")]) else ("batch",)
-        names.update({str(size): axis for size, axis in zip(value.shape, axes, strict=False)})
+        axes = ("batch", texts.get(value.name.removeprefix("input.")))
+        names.update({str(size): axis for size, axis in zip(value.shape, axes, strict=False) if axis})
     for value in graph.graph.inputs:
         _name_axes(value, names)
     for node in graph.graph.all_nodes():

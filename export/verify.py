@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from td_plugin.errors import TdError
 from td_plugin.export.modes import evaluating
-from td_plugin.export.probes import Batch
+from td_plugin.export.probes import Batch, flags_of
 from td_plugin.export.probes import make_probe_batches as make_probe_batches
 from td_plugin.export.session import graph_inputs, is_quantized, open_session, read_graph
 from td_plugin.report import table
@@ -115,7 +115,8 @@ def verify(
     Args:
         model: the torch model; its mode is restored afterwards.
         path: the ONNX file, fp32 or quantized.
-        batches: dicts of tensors as the model is called; inputs that the graph lacks (labels) are left out.
+        batches: dicts of tensors as the model is called; those that the graph lacks (labels) are left out, and what is
+            no tensor (``use_cache``) goes to the model alone.
         tolerance: fp32: bound t in ``|onnx - torch| <= t * (1 + |torch|)``, default 1e-4. Quantized: bound of
             ``||onnx - torch|| / ||torch||`` per batch, default 0.15; judge such a file by its top-1 agreement too.
         where: what errors call the file; its path unless given.
@@ -134,7 +135,7 @@ def verify(
     with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs = graph_inputs(session, batch, label)
-            pairs = _outputs(model, session, inputs, label)
+            pairs = _outputs(model, session, inputs, flags_of(batch), label)
             rows.append(_compare(pairs, inputs))
             _judge(pairs, rows, precision, bar, label)
     return ParityReport(tuple(rows), precision, bar)
@@ -153,10 +154,12 @@ def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
     return {k: v for key, value in items for k, v in named_outputs(value, f"{name}.{key}" if name else key).items()}
 
 
-def _outputs(model: nn.Module, session: Any, inputs: Batch, where: str) -> list[tuple[str, Tensor, Tensor]]:
+def _outputs(
+    model: nn.Module, session: Any, inputs: Batch, flags: Batch, where: str
+) -> list[tuple[str, Tensor, Tensor]]:
     """Of each graph output its name, the values of torch and those of onnxruntime, where there is no padding."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    expected = named_outputs(model(**{name: value.to(device) for name, value in inputs.items()}))
+    expected = named_outputs(model(**{name: value.to(device) for name, value in inputs.items()}, **flags))
     names = [entry.name for entry in session.get_outputs()]
     if not set(names) <= set(expected):  # written by another exporter: the order still tells which is which
         if len(names) != len(expected):
@@ -177,14 +180,15 @@ def _outputs(model: nn.Module, session: Any, inputs: Batch, where: str) -> list[
                 where=where,
                 got=list(theirs.shape),
             )
-        tokens = _real_tokens(ours, inputs)
+        tokens = _real_tokens(name, ours, inputs)
         pairs.append((name, ours[tokens].double(), theirs[tokens].double()))
     return pairs
 
 
-def _real_tokens(output: Tensor, inputs: Batch) -> Tensor:
+def _real_tokens(name: str, output: Tensor, inputs: Batch) -> Tensor:
     """An index of `output`: its tokens that are no padding, or everything."""
-    mask = inputs.get("attention_mask")
+    decodes = any(given.startswith("decoder_") for given in inputs) and not name.startswith("encoder_")
+    mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return torch.ones((), dtype=torch.bool)
     return mask != 0

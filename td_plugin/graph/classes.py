@@ -84,7 +84,7 @@ def find_groups(labels: Labels, keep: Sequence[str] = ()) -> Found:
 def _unread(one: _Class, slices: Mapping[str, tuple[Slice, ...]]) -> list[FixedGroup]:
     """Tensors that only an unknown operator reads: without a word they would look forgotten."""
     parts = list(chain(*slices.values()))
-    if not one.reason.startswith(UNKNOWN) or not parts:
+    if not one.reason.startswith(UNKNOWN) or not parts or slices["consumer"]:
         return []
     tensors = tuple(dict.fromkeys(part.fqn for part in parts))
     return [FixedGroup(parts[0].module or parts[0].fqn, tensors, len(one.roots), one.reason)]

@@ -57,5 +57,6 @@ def _layer_fault(model: nn.Module, group: UnitGroup, run: Run) -> str:
         try:
             run(small)
         except Exception as error:  # whatever the model's own code raises
-            return f"without one of its layers the model does not run: {str(error).strip().splitlines()[0]}"
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"without one of its layers the model does not run: {first}"
     return ""

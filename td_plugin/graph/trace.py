@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from td_plugin.errors import TdError
 from td_plugin.graph.context import Call, Result
@@ -36,21 +37,39 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> ExportedProgra
         TdError: the forward cannot be traced; the operator or line is named.
     """
     modes = {name: module.training for name, module in model.named_modules()}
+    inputs = _beside(model, example_inputs)
     model.eval()
     try:
         with torch.no_grad(), _without_cache(model), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (), dict(example_inputs), strict=False)
-    except Exception as error:
-        raise TdError(
-            f"{type(model).__name__} cannot be traced: {_first_line(error)}",
-            where=_where(error),
-            got=type(error).__name__,
-            fix="make the forward free of branches on data, or hand the groups over: prepare(model, groups=[...])",
-        ) from error
+            try:
+                return torch.export.export(model, (), inputs, strict=False)
+            except Exception as error:
+                raise _untraced(model, inputs, error) from error
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
+
+
+def _untraced(model: nn.Module, inputs: Mapping[str, Any], error: Exception) -> TdError:
+    """Whose fault it is: the inputs', if the model does not run with them either."""
+    what, fix = "cannot be traced", "make the forward free of branches on data, or hand the groups over: groups=[...]"
+    try:
+        model(**inputs)
+    except Exception as own:  # whatever the model's own code raises
+        error, what = own, "does not run with these inputs"
+        fix = "give example_inputs as the model is called: a dict by the names of its arguments"
+    where, got = _where(error), type(error).__name__
+    return TdError(f"{type(model).__name__} {what}: {_first_line(error)}", where=where, got=got, fix=fix)
+
+
+def _beside(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without data for a model without weights."""
+    inputs = dict(example_inputs)
+    if not any(tensor.is_meta for tensor in model.parameters()):
+        return inputs
+    placed: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+    return placed
 
 
 @contextmanager
