@@ -8,8 +8,8 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from td_plugin.cutting import alignment
 from td_plugin.units import Slice, UnitGroup
 from td_plugin.widths import Rounding, rounded_width
 
@@ -69,17 +69,6 @@ def plan(model: nn.Module, groups: tuple[UnitGroup, ...], round_to: Rounding, fl
     zero = {group: zero_units(model, group) for group in groups}
     kept = {group: kept_units(model, group, zero[group], round_to, floors.get(group.kind, 1)) for group in groups}
     return Removal(kept, sum(int(units.sum()) for units in zero.values()))
-
-
-def alignment(model: nn.Module, group: UnitGroup) -> int:
-    """What the width must be a multiple of: fused experts, whose grouped products want rows of 16 bytes; else 1."""
-    for part in group.slices:
-        tensor = tensor_of(model, part)
-        convolution = isinstance(model.get_submodule(part.module), _ConvNd)
-        several = tensor.ndim == 3 and len(tensor) > 1  # a positional embedding stands alone
-        if group.kind not in ("layers", "heads") and several and part.dim > 0 and not convolution:
-            return max(1, 16 // tensor.element_size())
-    return 1
 
 
 def gone_entries(model: nn.Module, removal: Removal) -> dict[str, dict[int, Tensor]]:

@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from td_plugin.errors import TdError
 from td_plugin.units import MeanNorm, Size, Slice, UnitGroup
@@ -72,6 +73,17 @@ def tensor_places(model: nn.Module) -> Places:
             for name, tensor in tensors:
                 found[id(tensor)].append((module, name))
     return found
+
+
+def alignment(model: nn.Module, group: UnitGroup) -> int:
+    """What the width must be a multiple of: fused experts, whose grouped products want rows of 16 bytes; else 1."""
+    for part in group.slices:
+        tensor: Tensor = attrgetter(part.fqn)(model)
+        convolution = isinstance(model.get_submodule(part.module), _ConvNd)
+        several = tensor.ndim == 3 and len(tensor) > 1  # a positional embedding stands alone
+        if group.kind not in ("layers", "heads") and several and part.dim > 0 and not convolution:
+            return max(1, 16 // tensor.element_size())
+    return 1
 
 
 def _stays(

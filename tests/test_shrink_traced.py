@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from td_plugin.cutting import alignment
 from td_plugin.errors import TdError
 from td_plugin.export import shrink
-from td_plugin.export.removal import alignment
 from td_plugin.structure import Residue, Slice, Structure, UnitGroup, survey
 
 X, S, IMAGES = ({"x": floats(*shape).float()} for shape in ((7, 5), (2, 7, 5), (2, 3, 9, 9)))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from td_plugin.cutting import cut_all, tensor_places
+from td_plugin.cutting import alignment, cut_all, tensor_places
 from td_plugin.graph.names import is_likely, is_unit_size
 from td_plugin.graph.search import Key, search
 from td_plugin.graph.trial import Observed, difference, observe, skeleton
@@ -55,7 +55,8 @@ class _Bench:
         small = skeleton(self.model)
         try:
             # Layers lose different numbers of units, so that an attribute of one layer does not fit another.
-            cut_all(small, [(group, torch.arange(_kept(group.units, i))) for i, group in enumerate(groups)])
+            keeps = [torch.arange(_kept(g.units, i, alignment(small, g))) for i, g in enumerate(groups)]
+            cut_all(small, zip(groups, keeps, strict=True))
         except (RuntimeError, TypeError, ValueError) as error:
             return str(error)
         return difference(self.dense, observe(self.run, small))
@@ -101,9 +102,10 @@ def _bench(model: nn.Module, run: Callable[[nn.Module], Any]) -> _Bench:
     return _Bench(bare, run, observe(run, bare), {id(module): name for name, module in bare.named_modules()})
 
 
-def _kept(units: int, index: int) -> int:
+def _kept(units: int, index: int, multiple: int) -> int:
     """How many units of the `index`-th group stay in a trial: one less than all, two less, and so on."""
-    return units - 1 - index % max(1, units - 1)
+    keep = units - 1 - index % max(1, units - 1)
+    return keep - keep % multiple if keep >= multiple else keep
 
 
 def _signature(model: nn.Module, group: UnitGroup, owners: Mapping[str, frozenset[str]]) -> tuple[Any, ...]:
