@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test test-slow lint bench setup clean
 
 setup: $(STAMP)
 
@@ -20,8 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/td-plugin demo --output build/demo
 
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile
+	$(PYTEST) --dist loadfile -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(RUN) ruff check .

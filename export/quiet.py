@@ -30,6 +30,9 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            # A recurrent layer keeps its parameters in a list beside their names, and the trace puts stand-ins there.
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\..*_flat_weights.* assigned", UserWarning)
+            warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)  # torch by itself
             yield
     finally:
         for logger in loggers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.metadata
@@ -10,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ def to_onnx(
     example = _named_inputs(model, example_inputs)
     ready = copy.deepcopy(model).cpu()
     baked = bake(ready)
-    ready.eval()
-    # A graph has no flags among its inputs. What is left of the signature is what the exporters see.
-    ready.forward = functools.partial(ready.forward, **flags_of(example))  # type: ignore[method-assign]
+    ready.eval().requires_grad_(False)  # the trace of a recurrent layer's loop asks for gradients otherwise
+    ready.forward = functools.partial(ready.forward, **flags_of(example))  # a graph has no flags among its inputs
     _check_exportable(ready)
     properties = _provenance(ready, metadata or {})
     with staged_file(path) as staged:
@@ -139,13 +139,12 @@ def _check_exportable(model: nn.Module) -> None:
 def _export(model: nn.Module, example: Batch, opset: int) -> Any:
     """The `onnx_ir.Model` of `model`."""
     example = tensors_of(traced_example(example))
-    texts = sequence_axes(example)
     dynamic = torch.export.Dim.DYNAMIC  # a named Dim would have to state the model's own maximum length
-    axes = {name: {0: dynamic, 1: dynamic} if name in texts else {0: dynamic} for name in example}
+    axes = {name: {0: dynamic, 1: dynamic} if name in sequence_axes(example) else {0: dynamic} for name in example}
     try:
         with torch.no_grad():
             outputs = list(named_outputs(model(**example)))
-        with quiet():
+        with quiet(), _recurrent_loops():
             if _is_pretrained(model):
                 return _export_pretrained(model, example, axes, opset)
             return torch.onnx.export(
@@ -165,6 +164,22 @@ def _export(model: nn.Module, example: Batch, opset: int) -> Any:
             got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             fix="check that model(**example_inputs) runs with other batch sizes and lengths",
         ) from error
+
+
+@contextlib.contextmanager
+def _recurrent_loops() -> Iterator[None]:
+    """Let torch.onnx trace LSTM and GRU as loops over any length, in every export of a process.
+
+    It swaps the operators' kernels, but they remember one of an earlier trace (torch 2.13, `torch.export._patches`).
+    """
+    remembered = [op._dispatch_cache for op in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)]
+    for kernels in remembered:
+        kernels.clear()
+    try:
+        yield
+    finally:
+        for kernels in remembered:
+            kernels.clear()
 
 
 def _export_pretrained(model: Any, example: Batch, axes: dict[str, dict[int, Any]], opset: int) -> Any:

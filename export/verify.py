@@ -188,7 +188,7 @@ def _outputs(
 def _real_tokens(name: str, output: Tensor, inputs: Batch) -> Tensor:
     """An index of `output`: its tokens that are no padding, or everything."""
     decodes = any(given.startswith("decoder_") for given in inputs) and not name.startswith("encoder_")
-    mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+    mask: Tensor | None = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return torch.ones((), dtype=torch.bool)
     return mask != 0
