@@ -60,7 +60,7 @@ def measure(model: nn.Module, program: ExportedProgram, names: Iterable[str]) ->
     return recorder.seen
 
 
-def fold(model: nn.Module, group: UnitGroup, gone: Gone, seen: Mapping[str, Tensor]) -> list[str]:
+def fold(model: nn.Module, group: UnitGroup, gone: Gone, seen: Mapping[str, Tensor]) -> None:
     """Move what the units that go still emit into the biases of the layers that read them, in place.
 
     Args:
@@ -69,13 +69,9 @@ def fold(model: nn.Module, group: UnitGroup, gone: Gone, seen: Mapping[str, Tens
         gone: the entries of every tensor that go.
         seen: values of the nodes that `group.reads` names.
 
-    Returns:
-        fully qualified names of biases that did not exist before.
-
     Raises:
         TdError: what is left is not constant, or the layer that reads it has no place for a bias.
     """
-    made = []
     for part in group.consumers:
         reads = [read for read in group.reads if read.consumer == part.fqn]
         mask = gone.get(part.fqn, {}).get(part.dim)
@@ -87,16 +83,15 @@ def fold(model: nn.Module, group: UnitGroup, gone: Gone, seen: Mapping[str, Tens
         emitted = _agreed(group, part, [_constants(group, read, seen[read.value], mask) for read in reads])
         if bool(emitted.any()):
             if any(read.padded for read in reads):
-                raise _unfoldable(group, f"{part.fqn} pads with zeros, so its input is no constant at the border")
-            made += _add(model, group, part, mask, emitted)
-    return made
+                raise unfoldable(group, f"{part.fqn} pads with zeros, so its input is no constant at the border")
+            _add(model, group, part, mask, emitted)
 
 
 def _agreed(group: UnitGroup, part: Slice, constants: Sequence[Tensor]) -> Tensor:
     """The one constant of a layer's reads: a layer that is used several times adds its bias every time."""
     first = constants[0]
     if any(not torch.allclose(first, other, rtol=1e-5, atol=1e-8) for other in constants[1:]):
-        raise _unfoldable(group, f"{part.fqn} reads different constants where it is used several times")
+        raise unfoldable(group, f"{part.fqn} reads different constants where it is used several times")
     return first
 
 
@@ -105,18 +100,19 @@ def _constants(group: UnitGroup, read: Read, value: Tensor, mask: Tensor) -> Ten
     entries = value.movedim(read.dim, 0)
     if entries.shape[0] != len(mask):
         if bool(entries.any()):
-            raise _unfoldable(group, f"{read.consumer} reads it in groups")
+            raise unfoldable(group, f"{read.consumer} reads it in groups")
         return torch.zeros(int(mask.sum()), dtype=torch.float64, device=value.device)
     rows = entries[mask.to(entries.device)].reshape(int(mask.sum()), -1).to(torch.float64)
     middle = rows.mean(1)
     exact = value.dtype in (torch.float32, torch.float64)
     allowed = (1e-5 if exact else 2e-2) * (rows.abs().amax(1) + 1e-6)
     if bool(((rows - middle[:, None]).abs().amax(1) > allowed).any()):
-        raise _unfoldable(group, f"what {read.consumer} reads of it differs from sample to sample or place to place")
+        raise unfoldable(group, f"what {read.consumer} reads of it differs from sample to sample or place to place")
     return middle
 
 
-def _unfoldable(group: UnitGroup, why: str) -> TdError:
+def unfoldable(group: UnitGroup, why: str) -> TdError:
+    """The error for a constant that has nowhere to go."""
     return TdError(
         "a unit without weights still emits a constant that cannot be moved into the next bias",
         where=group.name,
@@ -125,25 +121,24 @@ def _unfoldable(group: UnitGroup, why: str) -> TdError:
     )
 
 
-def _add(model: nn.Module, group: UnitGroup, part: Slice, mask: Tensor, emitted: Tensor) -> list[str]:
+def _add(model: nn.Module, group: UnitGroup, part: Slice, mask: Tensor, emitted: Tensor) -> None:
     module, weight = model.get_submodule(part.module), attrgetter(part.fqn)(model)
     name = part.tensor.replace("weight", "bias")
     columns = weight.detach().movedim(part.dim, 0)[mask.to(weight.device)].to(torch.float64)
     if weight.ndim > 2 and not isinstance(module, _CONVOLUTIONS):
-        raise _unfoldable(group, f"{part.fqn} has no bias of its own")
+        raise unfoldable(group, f"{part.fqn} has no bias of its own")
     if isinstance(module, _CONVOLUTIONS) and (module.groups > 1 or module.transposed):
-        raise _unfoldable(group, f"{part.fqn} is a grouped or transposed convolution")
+        raise unfoldable(group, f"{part.fqn} is a grouped or transposed convolution")
     added = torch.einsum("e,eo->o", emitted.to(columns.device), columns.reshape(*columns.shape[:2], -1).sum(-1))
     old = module._parameters.get(name)
     own = old is not None and name != part.tensor and old.shape == added.shape
     if not own and (old is not None or not isinstance(module, (nn.Linear, *_CONVOLUTIONS))):
-        raise _unfoldable(group, f"{part.fqn} has no bias")
+        raise unfoldable(group, f"{part.fqn} has no bias")
     with torch.no_grad():
         if old is not None:
             old.copy_(old.to(torch.float64) + added)
-            return []
+            return
     module.register_parameter(name, nn.Parameter(added.to(weight.dtype), requires_grad=weight.requires_grad))
-    return [f"{part.module}.{name}" if part.module else name]
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from td_plugin.errors import TdError
+from td_plugin.errors import TdError, first_line
 from td_plugin.export.checkpoint_record import anatomy, anatomy_from_json, difference
 from td_plugin.export.resize import FORMAT, RecordError, cut_to_record
 from td_plugin.parametrization import bake
@@ -95,8 +95,7 @@ def _load_tensors(model: nn.Module, file: Path) -> None:
                 state[name].data = state[name].data.to(stored.dtype)  # the checkpoint's precision, bit for bit
         tensors.load_model(model, str(file), strict=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TdError("the weights cannot be loaded", where=str(file), got=reason, fix=AGAIN) from error
+        raise TdError("the weights cannot be loaded", where=str(file), got=first_line(error), fix=AGAIN) from error
 
 
 def _safetensors() -> Any:

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from td_plugin.cutting import alignment
+from td_plugin.cutting import alignment, entries_kept
 from td_plugin.units import Slice, UnitGroup
 from td_plugin.widths import Rounding, rounded_width
 
@@ -77,13 +77,10 @@ def gone_entries(model: nn.Module, removal: Removal) -> dict[str, dict[int, Tens
     for group, keep in removal.touched:
         if group.kind == "layers":  # they leave as modules
             continue
-        goes = torch.ones(group.units + 1, dtype=torch.bool)
-        goes[keep] = False
-        goes[-1] = False  # entries of no unit have the owner -1
         for part in group.slices:
             size = tensor_of(model, part).shape[part.dim]
             before = gone.setdefault(part.fqn, {}).get(part.dim, torch.zeros(size, dtype=torch.bool))
-            gone[part.fqn][part.dim] = before | goes[part.units(size)]
+            gone[part.fqn][part.dim] = before | ~entries_kept(group, keep, part, size)
     return gone
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.export.constants import unfoldable
 from td_plugin.export.removal import tensor_of
 from td_plugin.units import Residue, UnitGroup
 
@@ -22,12 +23,7 @@ def fold_residue(model: nn.Module, group: UnitGroup, keep: Tensor) -> list[str]:
     if not emitted.any():
         return []
     if residue.unfoldable:
-        raise TdError(
-            "a unit without weights still emits a constant that cannot be moved into the next bias",
-            where=group.name,
-            got=residue.unfoldable,
-            fix="silence its bias and its norm's scale and shift too, and use an activation with act(0) = 0",
-        )
+        raise unfoldable(group, residue.unfoldable)
     made = []
     for part in group.consumers:
         module, columns = model.get_submodule(part.module), tensor_of(model, part).detach().movedim(part.dim, 0)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
-from td_plugin.errors import TdError
+from td_plugin.errors import TdError, first_line
 from td_plugin.export import remote_code
 from td_plugin.export.checkpoint_record import Anatomy, anatomy, difference
 from td_plugin.export.module_checkpoint import AGAIN, damaged, other_architecture, read_json
@@ -171,9 +171,8 @@ def _from_pretrained(
     except RecordError as error:
         raise damaged(f"{path / CONFIG}: {_KEY}", error) from error
     except (SafetensorError, StrictDataclassError, OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         fix = "the file is damaged or of another model: save it again"
-        raise TdError("the checkpoint cannot be loaded", where=str(path), got=reason, fix=fix) from error
+        raise TdError("the checkpoint cannot be loaded", where=str(path), got=first_line(error), fix=fix) from error
 
 
 def _cutting(cls: type[PreTrainedModel], record: object) -> type[PreTrainedModel]:

@@ -93,16 +93,25 @@ def _stays(
     tensors: dict[int, Tensor] = {}
     masks: dict[int, dict[int, Tensor]] = defaultdict(dict)
     for group, keep in cuts:
-        alive = torch.zeros(group.units + 1, dtype=torch.bool)
-        alive[keep.cpu()] = True
-        alive[-1] = True  # entries of no unit are numbered -1
         for part in group.slices:
             tensor: Tensor = attrgetter(part.fqn)(model)
-            stays = alive[_units(part, group, tensor.shape[part.dim])]
+            stays = entries_kept(group, keep, part, tensor.shape[part.dim])
             others = masks[id(tensor)].get(part.dim)
             tensors[id(tensor)] = tensor
             masks[id(tensor)][part.dim] = stays if others is None else stays & others
     return tensors, masks
+
+
+def entries_kept(group: UnitGroup, keep: Tensor, part: Slice, size: int) -> Tensor:
+    """``[size]`` bool: which entries of one slice of `group` stay when its units `keep` do.
+
+    Raises:
+        TdError: the tensor is not as wide as the group says.
+    """
+    alive = torch.zeros(group.units + 1, dtype=torch.bool)
+    alive[keep.cpu()] = True
+    alive[-1] = True  # entries of no unit are numbered -1
+    return alive[_units(part, group, size)]
 
 
 def _units(part: Slice, group: UnitGroup, size: int) -> Tensor:

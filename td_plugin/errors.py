@@ -22,3 +22,8 @@ class TdError(ValueError):
         if fix:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(parts))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says anything; its class where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

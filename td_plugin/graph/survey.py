@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from td_plugin.errors import first_line
 from td_plugin.graph.attributes import with_sizes
 from td_plugin.graph.classes import find_groups
 from td_plugin.graph.depth import layer_groups
@@ -57,6 +58,5 @@ def _layer_fault(model: nn.Module, group: UnitGroup, run: Run) -> str:
         try:
             run(small)
         except Exception as error:  # whatever the model's own code raises
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"without one of its layers the model does not run: {first}"
+            return f"without one of its layers the model does not run: {first_line(error)}"
     return ""

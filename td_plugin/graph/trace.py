@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from td_plugin.errors import TdError
+from td_plugin.errors import TdError, first_line
 from td_plugin.graph.context import Call, Result
 from td_plugin.graph.labels import Labels
 from td_plugin.graph.operators import evaluate
@@ -60,7 +60,7 @@ def _untraced(model: nn.Module, inputs: Mapping[str, Any], error: Exception) -> 
         error, what = own, "does not run with these inputs"
         fix = "give example_inputs as the model is called: a dict by the names of its arguments"
     where, got = _where(error), type(error).__name__
-    return TdError(f"{type(model).__name__} {what}: {_first_line(error)}", where=where, got=got, fix=fix)
+    return TdError(f"{type(model).__name__} {what}: {first_line(error)}", where=where, got=got, fix=fix)
 
 
 def _beside(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,10 +96,6 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in cached:
             config.use_cache = True
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _where(error: Exception) -> str:
