@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[hf,onnx,plots,dev]'
+	$(PIP) --editable '.[hf,onnx,plots,fast,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -122,7 +122,10 @@ class Units:
 def _by_entry(importance: Tensor, dim: int) -> Tensor:
     """``[*w] -> [entries]``: the sum of squares of all that lies at one index along `dim`."""
     rest = [d for d in range(importance.ndim) if d != dim]
-    squares = importance.square()
+    if dim == 0 and rest and importance.dtype == torch.float32:
+        norms: Tensor = torch.linalg.vector_norm(importance, dim=rest)  # one pass, no copy
+        return norms.square()
+    squares = importance.float().square()
     return squares.sum(rest) if rest else squares
 
 

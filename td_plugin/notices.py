@@ -1,5 +1,11 @@
 """What a sparsifier says when a call is legal but probably not what was meant."""
 
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
 NOT_DRIVEN = (
     "recipe {recipe!r} ramps, but nothing drives it: γ and α stay at their targets; "
     "use TargetedDropoutScheduler, TargetedDropoutCallback or set_progress()"
@@ -9,3 +15,10 @@ NOT_REMOVABLE = (
     "shrink() will not be able to remove them; prepare(model, example_inputs={{...}}) finds out by tracing"
 )
 NOTHING_ZEROED = "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level"
+
+
+def warn_of_stuck_units(first_tensors: list[str], model: nn.Module) -> None:
+    """Say which units are dropped while nothing can remove them; `first_tensors` names one tensor of each group."""
+    if first_tensors:
+        text = NOT_REMOVABLE.format(count=len(first_tensors), first=first_tensors[0], model=type(model).__name__)
+        warnings.warn(text, stacklevel=3)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from td_plugin.errors import TdError
 from td_plugin.masked_view import masked_view
+from td_plugin.masking import select
 
 _STATE = "_td_masks"
 
@@ -68,10 +69,10 @@ class Mask:
         if self.source.dense or (not training and self.source.dense_eval):
             return dense
         if training:
-            return dense if self.keep is None else _select(self.keep, dense)
+            return dense if self.keep is None else select(self.keep, dense)
         if torch.compiler.is_compiling():
             # Settled by `train(False)`, outside the graph.
-            return dense if self._eval_keep is None else _select(self._eval_keep, dense)
+            return dense if self._eval_keep is None else select(self._eval_keep, dense)
         return self._shipped(dense)
 
     def _shipped(self, dense: Tensor) -> Tensor:
@@ -79,9 +80,9 @@ class Mask:
         if key != self._cache_key or self._eval_keep is None:
             self._eval_keep, self._cache_key, self._cached = self.source.keep_mask(self), key, None
         if torch.is_grad_enabled():
-            return _select(self._eval_keep, dense)
+            return select(self._eval_keep, dense)
         if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
-            self._cached = _select(self._eval_keep, dense)  # materialised once, so `generate` pays nothing per token
+            self._cached = select(self._eval_keep, dense)  # materialised once, so `generate` pays nothing per token
         return self._cached
 
     def apply_after(self, value: Tensor, training: bool) -> Tensor:
@@ -91,7 +92,7 @@ class Mask:
         if torch.compiler.is_compiling():
             return self.apply(value, training)
         self.source.settle()
-        return _select(self.source.keep_mask(self), value)
+        return select(self.source.keep_mask(self), value)
 
     def train(self) -> None:
         """Enter training: the weights will change, so nothing derived from them may be reused."""
@@ -103,10 +104,6 @@ class Mask:
         if not (self.source.dense or self.source.dense_eval or dense.is_meta):
             self.train()
             self._shipped(dense.detach())
-
-
-def _select(keep: Tensor, dense: Tensor) -> Tensor:
-    return torch.where(keep.to(dense.device), dense, dense.new_zeros(()))
 
 
 class _ModuleMasks:

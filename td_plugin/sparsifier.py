@@ -6,21 +6,19 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.notices import NOT_DRIVEN, NOT_REMOVABLE, NOTHING_ZEROED
+from td_plugin.notices import NOT_DRIVEN, NOTHING_ZEROED, warn_of_stuck_units
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.state import kept_params, merged_masks, restore_levels, set_levels, snapshot_levels
-from td_plugin.target import Switches, Target, make_targets
-
-EvalMask = Literal["pruned", "dense"]
+from td_plugin.target import EvalMask, Switches, Target, make_targets
 
 
 class TargetedDropout(BaseSparsifier):
@@ -38,19 +36,25 @@ class TargetedDropout(BaseSparsifier):
         sparsity_level: γ in [0, 1), of every pool unless the config of `prepare` says otherwise.
         seed: of the draws.
         eval_mask: ``"pruned"``: evaluation drops all candidates. ``"dense"``: evaluation drops nothing.
+        refresh_every: rank anew in every n-th step only, and in the first after `state_dict`, so that a resumed run
+            does the same; in between the thresholds stay and the number of candidates drifts.
 
     Raises:
-        TdError: γ outside [0, 1), or an unknown `eval_mask`.
+        TdError: γ outside [0, 1), an unknown `eval_mask`, `refresh_every` below 1.
     """
 
     def __init__(
-        self, recipe: Recipe, sparsity_level: float = 0.5, *, seed: int = 0, eval_mask: EvalMask = "pruned"
+        self,
+        recipe: Recipe,
+        sparsity_level: float = 0.5,
+        *,
+        seed: int = 0,
+        eval_mask: EvalMask = "pruned",
+        refresh_every: int = 1,
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
-        if eval_mask not in ("pruned", "dense"):
-            raise TdError("unknown eval_mask", got=eval_mask, fix="'pruned' or 'dense'")
-        self._switches = Switches(seed=seed, dense_eval=eval_mask == "dense")
+        self._switches = Switches(seed, eval_mask, refresh_every)
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
         self._final_report: SparsityReport | None = None
@@ -85,8 +89,7 @@ class TargetedDropout(BaseSparsifier):
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:
-        """Masks are derived from the weights, so nothing is stored; the base class assigns an empty dict."""
-        if value:
+        if value:  # the base class assigns an empty dict
             raise TdError("masks are derived from the weights and cannot be assigned", fix="use load_state_dict")
 
     def prepare(
@@ -108,13 +111,12 @@ class TargetedDropout(BaseSparsifier):
             raise TdError("prepare() was called before", got=f"{len(self.groups)} targets", fix="squash_mask() first")
         if found := masked_tensors(model):
             raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
-        selection, kind = select(model, self.recipe, config, example_inputs, groups), type(model).__name__
+        selection = select(model, self.recipe, config, example_inputs, groups)
         self.model, self._skipped, self._final_report = model, selection.skipped, None
         self._targets = make_targets(model, self.recipe, selection.choices, self.defaults, self._switches)
         self.groups = [target.config for target in self._targets]
         self._claim()
-        if stuck := [choice.ranked[0].fqn for choice in selection.choices if not choice.removable]:
-            warnings.warn(NOT_REMOVABLE.format(count=len(stuck), first=stuck[0], model=kind), stacklevel=2)
+        warn_of_stuck_units([choice.ranked[0].fqn for choice in selection.choices if not choice.removable], model)
 
     def _claim(self) -> None:
         for target in self._targets:
@@ -140,7 +142,7 @@ class TargetedDropout(BaseSparsifier):
         self.micro_step = 0
         for target in self._targets:
             self.update_mask(target=target, **target.config)
-        self.step_count += 1
+        self._switches.refresh_now, self.step_count = False, self.step_count + 1
 
     def update_mask(self, module: nn.Module, tensor_name: str, target: Target, **config: Any) -> None:  # type: ignore[override]
         """Rank and draw one target; torch.ao's hook, called by `step()` with the group's config."""
@@ -150,7 +152,7 @@ class TargetedDropout(BaseSparsifier):
         """Draw anew within the current step, for the next micro-batch: the weights, so the candidates, are the same.
 
         Raises:
-            TdError: not prepared, or `step()` was never called.
+            TdError: before `prepare` or the first `step`.
         """
         self._prepared()
         if self.step_count == 0:
@@ -172,7 +174,7 @@ class TargetedDropout(BaseSparsifier):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Switch all masks off inside the block: forwards are dense, and in-place edits reach the parameters."""
+        """All masks off inside the block: forwards are dense, and in-place edits reach the parameters."""
         before, self._switches.dense = self._switches.dense, True
         try:
             yield
@@ -209,6 +211,7 @@ class TargetedDropout(BaseSparsifier):
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of plain numbers and strings, JSON-able: the step, the seed, every group's γ and α; no masks."""
+        self._switches.refresh_now = True
         return {
             "version": 1,
             "recipe": self.recipe.name,
@@ -230,6 +233,7 @@ class TargetedDropout(BaseSparsifier):
             TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
         """
         self._prepared()
+        self._switches.refresh_now = True
         restore_levels(self.groups, self.recipe.name, state_dict, strict)
         self._switches.seed = int(state_dict["seed"])
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
@@ -238,11 +242,7 @@ class TargetedDropout(BaseSparsifier):
             target.draw(self.step_count - 1, self.micro_step, fresh=True)
 
     def report(self) -> SparsityReport:
-        """What the deterministic masks drop, per target and in total; after `squash_mask` the last one.
-
-        Raises:
-            TdError: never prepared.
-        """
+        """What the deterministic masks drop, per target and in total; after `squash_mask` the last one."""
         if self._final_report is not None and not self.groups:
             return self._final_report
         self._prepared()

@@ -5,28 +5,45 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from td_plugin.choices import Choice
-from td_plugin.contract import Evidence, Recipe, check_fraction
+from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.masks import bottom_k, draw, draw_key
+from td_plugin.masks import draw, draw_key
 from td_plugin.members import Member, holders_of, members_of
 from td_plugin.parametrization import Mask, attach
+from td_plugin.ranking import Ranking
 from td_plugin.report import SparsityRow
 from td_plugin.units import Slice
+
+EvalMask = Literal["pruned", "dense"]
 
 
 @dataclass
 class Switches:
-    """What all targets of one sparsifier share; plain flags, so that a deep copy of the model keeps its own."""
+    """What all targets of one sparsifier share; plain values, so that a deep copy of the model keeps its own.
+
+    Attributes:
+        dense: masks are switched off.
+        refresh_now: the next step ranks the weights anew, whatever `refresh_every` says.
+    """
 
     seed: int = 0
+    eval_mask: EvalMask = "pruned"
+    refresh_every: int = 1
     dense: bool = False
-    dense_eval: bool = False
+    refresh_now: bool = False
+
+    def __post_init__(self) -> None:
+        every = self.refresh_every
+        if self.eval_mask not in get_args(EvalMask):
+            raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned' or 'dense'")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
 
 
 class Target:
@@ -42,10 +59,9 @@ class Target:
         self.recipe, self.config, self.switches = recipe, config, switches
         self.owner: weakref.ref[object] | None = None
         self.members = [m for m in members if m.masked]
-        self._ranked = [m for m in members if m.ranked]
-        self._candidates: Tensor | None = None
-        self._key: tuple[object, ...] | None = None
-        self._generation = 0
+        ranked = [m for m in members if m.ranked]
+        # Two, because evaluation must not move the thresholds of training.
+        self._sampled, self._shipped = Ranking(recipe, ranked), Ranking(recipe, ranked)
         self.masks = [Mask(self, m.fqn) for m in self.members]
         for member, mask in zip(self.members, self.masks, strict=True):
             for module, name in ((member.module, member.slice.tensor), *member.tied):
@@ -67,7 +83,7 @@ class Target:
     @property
     def dense_eval(self) -> bool:
         """Whether evaluation runs the dense model."""
-        return self.switches.dense_eval
+        return self.switches.eval_mask == "dense"
 
     def level(self, key: str) -> float:
         """A fraction of the config, checked: schedulers write there without a check of their own."""
@@ -78,48 +94,31 @@ class Target:
         """γ of evaluation and of `squash_mask`: the target where one is set, else what the schedule is at."""
         return self.level("sparsity_level" if self.config["eval_sparsity_level"] is None else "eval_sparsity_level")
 
-    @torch.no_grad()
-    def importance(self) -> Tensor:
-        """``[pools, groups]`` float32, from the dense weights.
-
-        Raises:
-            TdError: an importance is not finite.
-        """
-        seed = self.switches.seed
-        scores = [self.recipe.criterion(Evidence(m.parameter.detach(), m.fqn, seed)) for m in self._ranked]
-        groups = self.recipe.granularity.to_groups(scores, [m.slice for m in self._ranked])
-        if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
-            raise TdError(
-                "the weights hold NaN or infinity, so they cannot be ranked",
-                where=self.name,
-                fix="lower the learning rate or check the loss; the run has diverged",
-            )
-        return groups
-
-    def _select(self, level: float) -> Tensor:
-        """The candidates at `level`, ``[pools, groups]`` bool; recomputed when the weights or the level changed."""
-        versions = tuple(0 if p.is_inference() else p._version for p in (m.parameter for m in self._ranked))
-        key = (level, versions, tuple(m.parameter.data_ptr() for m in self._ranked))
-        if self._candidates is None or key != self._key:
-            self._candidates, self._key = bottom_k(self.importance(), level), key
-            self._generation += 1
-        return self._candidates
-
     def settle(self) -> int:
-        """Bring the candidates up to date; the result changes whenever they are recomputed."""
-        self._select(self.shipped_level)
-        return self._generation
+        """Bring the shipped candidates up to date; the result changes whenever they are found anew."""
+        self._shipped.cut(self.shipped_level, self.switches.seed)
+        return self._shipped.generation
 
     def expire(self) -> None:
-        """Recompute the candidates when they are next needed."""
-        self._key = None
+        """Find the shipped candidates anew when they are next needed."""
+        self._shipped.expire()
 
     def keep_mask(self, mask: Mask) -> Tensor:
         """The deterministic keep-mask of one member, bool, broadcastable to it."""
-        member = self.members[self.masks.index(mask)]
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
-            dropped = self._select(self.shipped_level)
-            return ~self.recipe.granularity.to_mask(dropped, member.slice, member.parameter.shape)
+            return self._keeps(self._shipped, self.shipped_level, False, 1.0, 0)[self.masks.index(mask)]
+
+    def _keeps(self, ranking: Ranking, level: float, hold: bool, rate: float, key: int) -> list[Tensor]:
+        """Every member's keep-mask when the draw `key` drops candidates at `rate`, bool, broadcastable to it."""
+        to_mask, places = self.recipe.granularity.to_mask, [(m.slice, m.parameter.shape) for m in self.members]
+        seed = self.switches.seed
+        kept = ranking.sample(level, seed, hold, rate, key)
+        if kept is not None:
+            return [to_mask(kept, *place).contiguous() for place in places]
+        dropped = ranking.candidates(ranking.cut(level, seed, hold), seed)
+        if rate < 1:
+            dropped = dropped & draw(dropped.shape, rate, key, dropped.device)
+        return [~to_mask(dropped, *place) for place in places]
 
     def keep_masks(self) -> dict[str, Tensor]:
         """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""
@@ -140,33 +139,32 @@ class Target:
             micro_step: index of the forward within the step.
             fresh: rank the weights anew, whatever their version counters say.
         """
-        if fresh:
-            self.expire()
-        candidates = self._select(self.level("sparsity_level"))
-        rate = self.level("drop_rate")
-        device = candidates.device
-        if self.recipe.sampler == "group":
-            key = draw_key(self.switches.seed, step, micro_step, self.name)
-            candidates = candidates & draw(candidates.shape, rate, key, device)
-        for member, mask in zip(self.members, self.masks, strict=True):
-            shape = member.parameter.shape
-            dropped = self.recipe.granularity.to_mask(candidates, member.slice, shape)
-            if self.recipe.sampler == "weight":
-                key = draw_key(self.switches.seed, step, micro_step, member.fqn)
-                dropped = dropped & draw(shape, rate, key, device)
-            mask.keep = ~dropped
+        seed, every = self.switches.seed, self.switches.refresh_every
+        if fresh and (self.switches.refresh_now or step % every == 0):
+            self._sampled.expire()
+        level, rate = self.level("sparsity_level"), self.level("drop_rate")
+        key = draw_key(seed, step, micro_step, self.name)
+        by_group = self.recipe.sampler == "group"
+        keeps = self._keeps(self._sampled, level, every > 1, rate if by_group else 1.0, key)
+        for member, mask, keep in zip(self.members, self.masks, keeps, strict=True):
+            mask.keep = keep
+            if not by_group:
+                key = draw_key(seed, step, micro_step, member.fqn)
+                mask.keep = keep | ~draw(member.parameter.shape, rate, key, keep.device)
 
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
-        candidates = self._select(self.shipped_level)
+        level, seed = self.shipped_level, self.switches.seed
+        candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
         pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
+        keeps = self._keeps(self._shipped, level, False, 1.0, 0)
         return SparsityRow(
             tensor=self.name,
             kind="units" if self.recipe.granularity.kinds else "weights",
             groups=candidates.numel(),
             dropped=int(candidates.sum()),
             elements=sum(_owned(member) for member in self.members),
-            zeros=sum(_zeros(self.keep_mask(mask), parameter) for parameter, mask in pairs),
+            zeros=sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True)),
             sampled=sum(_zeros(mask.keep, parameter) for parameter, mask in pairs if mask.keep is not None),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],

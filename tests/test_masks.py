@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from td_plugin.masks import bottom_k, count, draw, draw_key
+from td_plugin.masks import bottom_k, count, cut, draw, draw_key, threshold, words
 
 CPU = torch.device("cpu")
 FRACTIONS = st.floats(0, 1, exclude_max=True)
@@ -84,6 +86,21 @@ def test_pools_do_not_see_each_other(importance: Tensor, fraction: float) -> Non
     assert torch.equal(bottom_k(importance, fraction), torch.cat(rows))
 
 
+@given(importances(), FRACTIONS)
+def test_a_cut_stands_for_the_candidates(importance: Tensor, fraction: float) -> None:
+    """The least of the kept and the last of the candidates are where it says."""
+    where, k = cut(importance, fraction), count(fraction, importance.shape[1])
+    order = importance.argsort(dim=1, stable=True)
+    for row, sequence, kth, last in zip(importance, order, where.kth, where.last, strict=True):
+        if k == 0:
+            assert kth == -math.inf and last == -1
+            continue
+        tied = (row == row[sequence[k - 1]]).nonzero().flatten()
+        taken = len([i for i in sequence[:k] if row[i] == row[sequence[k - 1]]])
+        assert kth == row[sequence[k - 1]]
+        assert last == (importance.shape[1] - 1 if taken == len(tied) else tied[taken - 1])
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_empty_pools(shape: tuple[int, int]) -> None:
     assert bottom_k(torch.ones(shape), 0.5).shape == shape
@@ -123,6 +140,56 @@ def test_the_rate_is_met(rate: float) -> None:
     n = 400_000
     hits = int(draw(torch.Size([n]), rate, draw_key("rate", rate), CPU).sum())
     assert abs(hits - n * rate) < 5 * math.sqrt(n * rate * (1 - rate)) + n / 131072
+
+
+def numbers_of_splitmix(seed: int, n: int) -> list[int]:
+    """Steele, Lea and Flood (2014), in Python's own whole numbers."""
+    mask, found = (1 << 64) - 1, []
+    for i in range(n):
+        z = (seed + i * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(z ^ (z >> 31))
+    return found
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 30))
+def test_the_stream_is_splitmix64(key: int, n: int) -> None:
+    assert [number & ((1 << 64) - 1) for number in words(key, n, CPU).tolist()] == numbers_of_splitmix(key, n)
+
+
+def test_the_stream_gives_the_published_first_number() -> None:
+    """Of seed 0; that generator steps before it hashes."""
+    assert words(0, 2, CPU)[1].item() & ((1 << 64) - 1) == 0xE220A8397B1DCDAF
+
+
+@given(st.integers(0, 2**63 - 1), FRACTIONS, st.integers(1, 41))
+def test_a_flip_is_16_bits_of_the_stream_below_the_threshold(key: int, rate: float, n: int) -> None:
+    packed = np.array(numbers_of_splitmix(key, 1 + (n + 3) // 4)[1:], np.uint64).view(np.int16)[:n].astype(np.int64)
+    assert draw(torch.Size([n]), rate, key, CPU).tolist() == (packed + 32768 < threshold(rate, key)).tolist()
+
+
+@pytest.mark.parametrize("rate", [0.1, 1 / 3, 0.66, 0.999995])
+def test_the_rate_is_met_exactly_over_keys(rate: float) -> None:
+    """16 bits alone would be off by up to 1/65536; the threshold is rounded by chance."""
+    found = np.array([threshold(rate, draw_key("mean", i)) for i in range(4000)]) / 65536
+    assert set(found * 65536) <= {math.floor(rate * 65536), math.ceil(rate * 65536)}
+    assert abs(found.mean() - rate) < 5 * 0.5 / 65536 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.66])
+def test_counts_of_drops_follow_the_binomial(rate: float) -> None:
+    """Chi-square: how often a weight is dropped over 40 steps, and how many of 40 neighbours are in one step."""
+    flips_ = torch.stack([flips(rate, 0, step, "chi", n=2000) for step in range(40)])
+    expected = scipy.stats.binom.pmf(np.arange(41), 40, rate)
+    for counts in (flips_.sum(0), flips_.view(-1, 40).sum(1)):
+        seen = np.bincount(counts.numpy(), minlength=41)
+        common = expected * len(counts) >= 5
+        cells = (
+            [*seen[common], seen[~common].sum()],
+            [*expected[common] * len(counts), expected[~common].sum() * len(counts)],
+        )
+        assert scipy.stats.chisquare(*cells).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 1001])

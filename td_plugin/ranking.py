@@ -1,0 +1,134 @@
+"""The candidates of one target: found where its pools are cut, and kept as that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from td_plugin import kernels
+from td_plugin.contract import Evidence, Recipe
+from td_plugin.criteria import magnitude
+from td_plugin.errors import TdError
+from td_plugin.masks import Cut, cut
+from td_plugin.members import Member
+
+T = TypeVar("T")
+
+
+class Ranking:
+    """Ranks the groups of a target's members and remembers where the candidates end, until the weights change.
+
+    For single weights only the thresholds are kept, a few bytes per pool, and the set is derived when asked for; for
+    units the set itself, one flag per unit.
+
+    Attributes:
+        generation: counts how often the candidates were found anew.
+    """
+
+    def __init__(self, recipe: Recipe, members: Sequence[Member]) -> None:
+        self._recipe, self._members = recipe, members
+        self._cut: Cut | None = None
+        self._found: Tensor | None = None
+        self._key: tuple[object, ...] | None = None
+        self.generation = 0
+
+    def expire(self) -> None:
+        """Find the candidates anew when they are next needed."""
+        self._key = None
+
+    @torch.no_grad()
+    def importance(self, seed: int) -> Tensor:
+        """``[pools, groups]`` float32, from the dense weights.
+
+        Raises:
+            TdError: an importance is not finite.
+        """
+        scores = [self._score(member, seed) for member in self._members]
+        groups = self._recipe.granularity.to_groups(scores, [m.slice for m in self._members])
+        if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
+            raise self._not_finite()
+        return groups
+
+    def _score(self, member: Member, seed: int) -> Tensor:
+        if self._recipe.criterion is magnitude and self._recipe.granularity.kinds:
+            return member.parameter.detach()  # the norm of a unit does not see signs: no copy to take them off
+        return self._recipe.criterion(Evidence(member.parameter.detach(), member.fqn, seed))
+
+    def _rows(self) -> Tensor | None:
+        """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None."""
+        weight = self._members[0].parameter.detach()
+        if self._recipe.criterion is not magnitude or self._recipe.granularity.kinds or not kernels.serves(weight):
+            return None
+        return self._recipe.granularity.to_groups([weight], [self._members[0].slice]).contiguous()
+
+    def _now(self, level: float, seed: int) -> tuple[object, ...]:
+        """What the candidates depend on."""
+        parameters = [m.parameter for m in self._members]
+        versions = tuple(0 if p.is_inference() else p._version for p in parameters)
+        return (level, seed, versions, tuple(p.data_ptr() for p in parameters))
+
+    def _valid(self, level: float, seed: int, hold: bool) -> bool:
+        return self._key is not None and (hold or self._key == self._now(level, seed))
+
+    def _keep(self, found: Cut, level: float, seed: int) -> Cut:
+        self._cut, self._key = found, self._now(level, seed)
+        self.generation += 1
+        return found
+
+    def cut(self, level: float, seed: int, hold: bool = False) -> Cut:
+        """Where the candidates at `level` end.
+
+        Args:
+            level: γ.
+            seed: of criteria that are random.
+            hold: go on with the cut that was found last, whatever has become of the weights, until `expire`.
+
+        Raises:
+            TdError: an importance is not finite.
+        """
+        if self._cut is not None and self._valid(level, seed, hold):
+            return self._cut
+        rows = self._rows()
+        if rows is None:
+            importance = self.importance(seed)
+            found = cut(importance, level)
+            self._found = found.candidates(importance)
+            return self._keep(found, level, seed)
+        return self._keep(self._finite(kernels.cut(rows, level, self._cut)), level, seed)
+
+    def sample(self, level: float, seed: int, hold: bool, rate: float, key: int) -> Tensor | None:
+        """What the draw `key` keeps, ``[pools, groups]`` bool, by the compiled loops; None where they do not serve.
+
+        Raises:
+            TdError: a weight is not finite.
+        """
+        rows = self._rows()
+        if rows is None:
+            return None
+        if self._cut is not None and self._valid(level, seed, hold):
+            return kernels.keep(rows, self._cut, rate, key)
+        found, kept = self._finite(kernels.sample(rows, level, self._cut, rate, key))
+        self._keep(found, level, seed)
+        return kept
+
+    def candidates(self, where: Cut, seed: int) -> Tensor:
+        """``[pools, groups]`` bool, True = candidate; `where` is what `cut` has just returned."""
+        found = self._found
+        if not self._recipe.granularity.kinds:
+            self._found = None  # good for one use: a flag per weight is not kept
+        return where.candidates(self.importance(seed)) if found is None else found
+
+    def _finite(self, found: T | None) -> T:
+        if found is None:
+            raise self._not_finite()
+        return found
+
+    def _not_finite(self) -> TdError:
+        return TdError(
+            "the weights hold NaN or infinity, so they cannot be ranked",
+            where=self._members[0].fqn,
+            fix="lower the learning rate or check the loss; the run has diverged",
+        )
