@@ -70,19 +70,22 @@ class Mask:
             return dense
         if training:
             return dense if self.keep is None else select(self.keep, dense)
-        if torch.compiler.is_compiling():
-            # Settled by `train(False)`, outside the graph.
+        if torch.compiler.is_compiling():  # settled by `train(False)`, outside the graph
             return dense if self._eval_keep is None else select(self._eval_keep, dense)
         return self._shipped(dense)
 
-    def _shipped(self, dense: Tensor) -> Tensor:
+    def _settled(self, dense: Tensor) -> Tensor:
         key = (self.source.settle(), dense.data_ptr(), dense.dtype, dense.device)
         if key != self._cache_key or self._eval_keep is None:
             self._eval_keep, self._cache_key, self._cached = self.source.keep_mask(self), key, None
+        return self._eval_keep
+
+    def _shipped(self, dense: Tensor) -> Tensor:
+        keep = self._settled(dense)
         if torch.is_grad_enabled():
-            return select(self._eval_keep, dense)
+            return select(keep, dense)
         if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
-            self._cached = select(self._eval_keep, dense)  # materialised once, so `generate` pays nothing per token
+            self._cached = select(keep, dense)  # materialised once, so `generate` pays nothing per token
         return self._cached
 
     def apply_after(self, value: Tensor, training: bool) -> Tensor:
@@ -97,13 +100,13 @@ class Mask:
     def train(self) -> None:
         """Enter training: the weights will change, so nothing derived from them may be reused."""
         self.source.expire()
-        self._cached, self._cache_key = None, ()
+        self._eval_keep, self._cached, self._cache_key = None, None, ()
 
     def evaluate(self, dense: Tensor) -> None:
-        """Enter evaluation: settle the mask now, so that a compiled forward finds it ready."""
+        """Enter evaluation: settle the mask now; a compiled forward needs it ready."""
         if not (self.source.dense or self.source.dense_eval or dense.is_meta):
             self.train()
-            self._shipped(dense.detach())
+            self._settled(dense)
 
 
 class _ModuleMasks:
