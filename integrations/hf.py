@@ -50,6 +50,7 @@ class TargetedDropoutCallback(TrainerCallback):
             (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
         eval_mask: ``"pruned"``, or ``"dense"`` to evaluate without masks.
+        refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
 
     Attributes:
@@ -73,6 +74,7 @@ class TargetedDropoutCallback(TrainerCallback):
         recipe_steps: float | None = None,
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
         eval_mask: Literal["pruned", "dense"] = "pruned",
+        refresh_every: int = 1,
         squash: bool = True,
     ) -> None:
         length = 1.0 if recipe_steps is None else recipe_steps
@@ -84,7 +86,9 @@ class TargetedDropoutCallback(TrainerCallback):
             )
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
-        self._new = partial(TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask)
+        self._new = partial(
+            TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every
+        )
         self._new()  # a wrong γ is said now, not hours later
         self._config, self._length, self._squash = config, length, squash
         self._redraws = mask_every == "micro_batch"
@@ -120,6 +124,10 @@ class TargetedDropoutCallback(TrainerCallback):
         """Draw for the next micro-batch; its predecessor's backward is done."""
         if self._redraws:
             self._active().redraw()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next step ranks anew, as the first of a resumed run does."""
+        self._active().state_dict()
 
     def on_log(
         self,

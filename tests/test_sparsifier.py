@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import td_plugin as td
 from td_plugin.attachment import attached_sparsifier
-from td_plugin.parametrization import bake, masked_tensors
+from td_plugin.parametrization import bake, masked_tensors, masks_of
 
 WEIGHT, UNIT = td.recipes.targeted_weight(0.5), td.recipes.targeted_unit(0.5)
 both = pytest.mark.parametrize("recipe", [WEIGHT, UNIT], ids=["weight", "unit"])
@@ -875,3 +876,53 @@ def test_a_replica_of_data_parallel_says_what_to_use_instead() -> None:
         replica.weight = torch.zeros(16, 8)
     model[0].weight = nn.Parameter(torch.zeros(16, 8))
     assert type(dense(model)["0.weight"]) is nn.Parameter and not dense(model)["0.weight"].any()
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, True, "2"])
+def test_a_wrong_refresh_interval_is_refused(every: Any) -> None:
+    with pytest.raises(td.TdError, match="refresh_every"):
+        td.TargetedDropout(td.recipes.targeted_weight(), refresh_every=every)
+
+
+def test_between_refreshes_the_thresholds_stay_and_the_draws_do_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2))
+    sparsifier = td.TargetedDropout(td.recipes.targeted_weight(0.5), 0.5, refresh_every=3)
+    sparsifier.prepare(model)
+    weight = dict(model.named_parameters())["0.weight"]
+    mask = masks_of(model)[0][2]
+    bounds, draws = [], []
+    for _ in range(7):
+        sparsifier.step()
+        dropped = ~mask.keep if mask.keep is not None else torch.zeros(1).bool()
+        magnitudes = weight.detach().abs()
+        bounds.append(sparsifier._targets[0]._sampled._cut)
+        assert bounds[-1] is not None and bool(
+            (magnitudes[dropped] <= bounds[-1].kth.expand_as(magnitudes)[dropped]).all()
+        )
+        draws.append(dropped)
+        with torch.no_grad():
+            weight.mul_(1.01 + 0.1 * torch.rand_like(weight))
+    kept = [torch.equal(a.kth, b.kth) for a, b in itertools.pairwise(bounds) if a and b]
+    assert kept == [True, True, False, True, True, False]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(draws))
+
+
+def test_an_evaluation_in_between_does_not_move_the_thresholds_of_training() -> None:
+    def run(evaluate: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2))
+        sparsifier = td.TargetedDropout(td.recipes.targeted_weight(0.5), 0.5, refresh_every=4)
+        sparsifier.prepare(model)
+        keeps = []
+        for _ in range(6):
+            sparsifier.step()
+            keeps.append(masks_of(model)[0][2].keep)
+            with torch.no_grad():
+                dict(model.named_parameters())["0.weight"].mul_(1.0 + 0.1 * torch.rand(30, 40))
+            if evaluate:
+                model.eval()(torch.zeros(1, 40))
+                model.train()
+        return [keep for keep in keeps if keep is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
