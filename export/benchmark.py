@@ -2,146 +2,129 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
-import random
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from td_plugin.errors import TdError
 from td_plugin.export.cold_start import cold_start
+from td_plugin.export.engines import CPU
+from td_plugin.export.flops import count_flops
+from td_plugin.export.graph_widths import width_changes
 from td_plugin.export.latency import Conditions, FileLatency, LatencyReport
+from td_plugin.export.machine import cores, load_average, machine
+from td_plugin.export.noise import Signs
 from td_plugin.export.probes import text_length
-from td_plugin.export.session import PROVIDER, graph_inputs, open_session, read_graph
+from td_plugin.export.progress import Bar, bar
+from td_plugin.export.runners import Form, Inputs, Runner, as_examples, as_forms, make_runner
+from td_plugin.export.session import read_graph
+from td_plugin.export.timing import Plan, Timings, time_in_turn, widest
 
-if TYPE_CHECKING:
-    import numpy as np
-
-_WARMUP = 5  # onnxruntime's times are flat from the first runs on
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+_ROUNDS = (100, 400)
 
 
 def benchmark(
-    files: Mapping[str, str | os.PathLike[str]],
-    example_inputs: Mapping[str, Tensor | np.ndarray[Any, Any]],
+    files: Mapping[str, str | os.PathLike[str] | Form],
+    example_inputs: Inputs | Sequence[Inputs],
     *,
     threads: int = 1,
-    rounds: int = 100,
+    rounds: int | tuple[int, int] = _ROUNDS,
     seed: int = 0,
     progress: bool = False,
 ) -> LatencyReport:
-    """Time ONNX files against each other on the CPU.
+    """Time ONNX files against each other.
 
-    Every round runs each file once, in an order drawn so that each file comes first, second... equally often. The
-    ratio of two files is taken within a round, which cancels load from outside: at one thread and 50 rounds or more it
-    repeats within 3 %.
+    Every round runs each file once on the same input, in an order drawn so that each file comes first, second...
+    equally often. The ratio of two files is taken within a round, which cancels load from outside: at one thread and
+    100 rounds or more it repeats within 3 %. While an interval is wider than 4 % there are more rounds.
 
     Args:
-        files: name -> path; the first one is the baseline of the printed speed-ups.
-        example_inputs: name -> tensor or array, as the model is called; what the graphs do not take is left out.
+        files: name -> path or `Form`; the first one is the baseline of the printed speed-ups.
+        example_inputs: name -> tensor or array, as the model is called; what the graphs do not take is left out. Or a
+            list of such, such as `at_lengths` makes from the user's data: every round draws one.
         threads: threads inside one operator. They do not spin.
-        rounds: timings per file; p99 needs 200.
-        seed: of the order of the runs and of the bootstrap.
+        rounds: timings per file, or the least and the most of them; p99 needs 200.
+        seed: of the order of the runs, of the draws and of the bootstrap.
         progress: show a bar on the terminal.
 
     Raises:
-        TdError: a file is missing or damaged, inputs do not fit its graph, or a count is below 1.
+        TdError: a file is missing or damaged, a provider is not installed, inputs do not fit a graph, or a count is
+            below 1.
     """
-    if not files or threads < 1 or rounds < 1:
-        raise TdError(
-            "nothing to time",
-            got=f"{len(files)} files, {threads} threads, {rounds} rounds",
-            fix="give at least one file, one thread and one round",
-        )
-    opened = {name: _open(Path(path), example_inputs, threads) for name, path in files.items()}
-    seconds = _time_in_turn(opened, rounds, seed, progress)
-    measured = [
-        FileLatency(
-            name=name,
-            bytes=file_size(files[name]),
-            cold=cold_start(Path(files[name]), file.feeds, threads),
-            seconds=tuple(seconds[name]),
-        )
-        for name, file in opened.items()
-    ]
-    inputs = next(iter(opened.values())).inputs
-    batch = next(iter(inputs.values())).shape[0]
-    conditions = Conditions(threads, batch, text_length(inputs), rounds, seed, _machine())
-    return LatencyReport(tuple(measured), conditions)
+    forms, examples = as_forms(files), as_examples(example_inputs)
+    if threads < 1:
+        raise TdError("nothing to time", got=f"threads={threads}", fix="give one thread at least")
+    plan, load = Plan.of(rounds, len(examples), seed), load_average()
+    runners = {name: make_runner(form, examples, threads=threads) for name, form in forms.items()}
+    with bar("rounds", plan.least, progress) as steps:
+        timings = time_in_turn(list(runners), lambda order: {n: runners[n].timed() for n in order}, plan, steps)
+    with bar("cold starts", len(runners), progress) as steps:
+        measured = tuple(_file(name, runner, timings.seconds[name], steps) for name, runner in runners.items())
+    return LatencyReport(
+        measured,
+        _conditions(runners, timings, threads, seed),
+        notes=_signs(runners, timings, load, seed).notes(),
+        widths=width_changes({name: runner.engine.path for name, runner in runners.items()}),
+    )
 
 
-@dataclass(frozen=True)
-class _Open:
-    """An open session and what it is fed."""
-
-    session: Any
-    inputs: dict[str, Tensor]
-    feeds: dict[str, Any]
-
-    def run(self) -> float:
-        """Seconds of one run."""
-        start = time.perf_counter()
-        self.session.run(None, self.feeds)
-        return time.perf_counter() - start
+def _file(name: str, runner: Runner, seconds: tuple[float, ...], steps: Bar) -> FileLatency:
+    cold = cold_start(runner.engine, runner.largest)
+    steps.advance()
+    return FileLatency(
+        name=name,
+        bytes=file_size(runner.engine.path),
+        cold=cold,
+        seconds=seconds,
+        provider=runner.engine.provider,
+        flops=_mean_flops(runner),
+    )
 
 
-def _open(path: Path, inputs: Mapping[str, Any], threads: int) -> _Open:
-    session = open_session(path, threads=threads)
-    fitted = graph_inputs(session, inputs, str(path))
-    opened = _Open(session, fitted, {name: tensor.numpy() for name, tensor in fitted.items()})
+def _mean_flops(runner: Runner) -> float | None:
+    """Over the examples, each of which runs equally often; None where the CPU cannot run the graph."""
+    shapes = [tuple(value.shape for value in feeds.values()) for feeds in runner.feeds]
     try:
-        for _ in range(_WARMUP):
-            opened.run()
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise TdError("onnxruntime cannot run the graph", where=str(path), got=str(error).splitlines()[0]) from error
-    return opened
+        counts = {shape: count_flops(runner.engine.path, runner.feeds[shapes.index(shape)]) for shape in set(shapes)}
+    except TdError:
+        return None
+    return sum(counts[shape].total for shape in shapes) / len(shapes)
 
 
-def _time_in_turn(files: Mapping[str, _Open], rounds: int, seed: int, progress: bool) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in files}
-    with _bar(interleaved(list(files), rounds, seed), progress) as orders:
-        for order in orders:
-            for name in order:
-                seconds[name].append(files[name].run())
-    return seconds
+def _conditions(runners: Mapping[str, Runner], timings: Timings, threads: int, seed: int) -> Conditions:
+    name, first = next(iter(runners.items()))
+    lengths = [text_length(inputs) for inputs in first.inputs]
+    several = len(lengths) > 1
+    return Conditions(
+        threads=threads,
+        batch=first.batch,
+        sequence=None if several else lengths[0],
+        rounds=len(timings.seconds[name]),
+        seed=seed,
+        machine=machine(runner.engine.provider for runner in runners.values()),
+        lengths=tuple(length for length in lengths if length is not None) if several else (),
+        sessions=timings.sessions,
+    )
 
 
-def interleaved(names: Sequence[str], rounds: int, seed: int) -> list[tuple[str, ...]]:
-    """One order of all `names` per round: random, and over every ``len(names)`` rounds each takes each place once."""
-    generator = random.Random(seed)
-    orders: list[tuple[str, ...]] = []
-    while len(orders) < rounds:
-        shuffled = generator.sample(names, len(names))
-        block = [tuple(shuffled[turn:] + shuffled[:turn]) for turn in range(len(names))]
-        orders += generator.sample(block, len(block))
-    return orders[:rounds]
-
-
-@contextmanager
-def _bar(orders: list[tuple[str, ...]], shown: bool) -> Iterator[Iterable[tuple[str, ...]]]:
-    if not shown:
-        yield orders
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError as error:
-        raise TdError("rich draws the progress bar", got=error, fix="pip install 'td-plugin[onnx]'") from error
-    with Progress(transient=True) as bar:
-        yield bar.track(orders, description="rounds")
+def _signs(runners: Mapping[str, Runner], timings: Timings, load: float | None, seed: int) -> Signs:
+    threads = {runner.engine.threads for runner in runners.values()}
+    single = threads == {1} and all(runner.engine.provider == CPU for runner in runners.values())
+    return Signs(
+        widest=widest(timings.seconds, seed),
+        rounds=len(next(iter(timings.seconds.values()))),
+        cpu_share=timings.cpu_share if single else None,
+        load=load,
+        threads=max(threads),
+        cores=cores(),
+    )
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
     """Bytes of an ONNX file and of the files beside it that hold its weights.
 
     Raises:
-        TdError: the file is missing or cannot be parsed.
+        TdError: the file is missing or cannot be parsed, or one beside it is missing.
     """
     outside = {
         str(entry.value)
@@ -149,29 +132,8 @@ def file_size(path: str | os.PathLike[str]) -> int:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return Path(path).stat().st_size + sum((Path(path).parent / name).stat().st_size for name in outside)
-
-
-def _machine() -> dict[str, str]:
-    model, flags = _processor()
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if os.name == "posix" else ""
-    return {
-        "cpu": model,
-        "flags": " ".join(flag for flag in _CPU_FLAGS if flag in flags),
-        "cores": str(os.cpu_count()),
-        "load": load,
-        "python": platform.python_version(),
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "provider": PROVIDER,
-    }
-
-
-def _processor() -> tuple[str, set[str]]:
-    """Model name and instruction sets; the latter only where /proc tells them."""
-    source = Path("/proc/cpuinfo")
-    if not source.exists():
-        return platform.processor() or platform.machine(), set()
-    pairs = [line.partition(":") for line in source.read_text(encoding="utf-8").splitlines()]
-    facts = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
-    flags = facts.get("flags") or facts.get("Features") or ""
-    return facts.get("model name") or platform.machine(), set(flags.split())
+    parts = [Path(path), *(Path(path).parent / name for name in sorted(outside))]
+    for part in parts[1:]:
+        if not part.is_file():
+            raise TdError("weights kept outside the ONNX file are missing", where=str(path), got=str(part))
+    return sum(part.stat().st_size for part in parts)

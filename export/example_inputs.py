@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from td_plugin.errors import TdError
 from td_plugin.export.session import open_session
 from td_plugin.model_inputs import model_inputs
+
+if TYPE_CHECKING:  # files are timed without transformers
+    from transformers import PreTrainedModel
 
 TOKENS = 10  # ids drawn for a graph, which does not state its vocabulary; every vocabulary has more
 

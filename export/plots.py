@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from td_plugin.export.latency import LatencyReport
+from td_plugin.export.latency_table import workload
+from td_plugin.export.svg import COLOURS
 from td_plugin.files import staged_file
 
 Curve = Sequence[tuple[float, float]]
-COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind readers, and in print
-MARKERS = ("o", "s", "^", "D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def plot_accuracy(
@@ -65,6 +67,37 @@ def plot_tradeoff(
     figure, axes = _canvas(curves, title)
     axes.set(xlabel=f"speed-up over dense fp32{f' ({conditions})' if conditions else ''}", ylabel="accuracy")
     axes.xaxis.set_major_formatter("{x:g}×")
+    return _saved(figure, target)
+
+
+def plot_latency(report: LatencyReport, target: str | os.PathLike[str], *, title: str = "") -> Path:
+    """Draw the latency of every file as a box (p25 to p75, line at p50) with whiskers from p10 to p90.
+
+    Args:
+        report: what `benchmark` returned.
+        target: the file to write, a PNG or what its suffix asks for.
+        title: above the plot.
+
+    Raises:
+        TdError: the file cannot be written.
+    """
+    first, names = report.files[0].name, [file.name for file in report.files]
+    figure = Figure(figsize=(7.0, 1.2 + 0.55 * len(names)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    times = [[second * 1e3 for second in file.seconds] for file in report.files]
+    drawn = axes.boxplot(times, orientation="horizontal", whis=(10, 90), showfliers=False, patch_artist=True)
+    for index, box in enumerate(drawn["boxes"]):
+        box.set(facecolor=COLOURS[index % len(COLOURS)], alpha=0.55)
+    labels = [name if name == first else f"{name}\n{report.speedup(name, over=first)}" for name in names]
+    plain = [label.replace("$", r"\$") for label in labels]  # no mathematics in names
+    axes.set_yticks(range(1, len(names) + 1), plain, fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"ms ({workload(report.conditions)})", xlim=(0, None))
+    axes.xaxis.label.set_fontsize(8)
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(axis="x", color="#e0e0e0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     return _saved(figure, target)
 
 

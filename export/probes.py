@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
 """Inputs by name, as the model is called: tensors whose first dimension is the batch, and flags (``use_cache``)."""
@@ -15,6 +16,8 @@ Batch = Mapping[str, Any]
 _SIDES = ("decoder_", "encoder_")
 # Floats with one row per token, as transformers calls them; the sizes of any other float are the model's own.
 _STATES = ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states")
+_MASKS = ("attention_mask", "decoder_attention_mask")
+_MOST_TOKENS = 1024  # of a probe: attention takes their square, and a decoder may state a hundred thousand positions
 
 
 def tensors_of(inputs: Batch) -> dict[str, Tensor]:
@@ -93,12 +96,64 @@ def make_probe_batches(example_inputs: Batch) -> list[dict[str, Any]]:
         ]
     batches = [resized(example_inputs, rows, _apart(size, -1)) for rows in (1, 3) for size in sizes]
     for batch in batches:
-        for name in sequence_axes(batch).keys() & {"attention_mask", "decoder_attention_mask"}:
+        for name in sequence_axes(batch).keys() & set(_MASKS):
             mask = batch[name]
             padding = mask.shape[1] // 3 if len(mask) == 3 else 0
             mask[:1, mask.shape[1] - padding :] = 0
             mask[1:2, :padding] = 0
     return batches
+
+
+def make_parity_batches(example_inputs: Batch, longest: int | None = None) -> list[dict[str, Any]]:
+    """`make_probe_batches` and the ends of what a graph with dynamic sizes has to stand.
+
+    Five rows; for text also one token alone, an odd length with padding on the left, on the right and on both sides,
+    and two rows of the longest text, one of them half padding.
+
+    Args:
+        example_inputs: dict of tensors, first dimension the batch, and flags.
+        longest: tokens of the longest text, as `longest_text` says, of which at most 1024 are tried; None: as
+            many as the example has.
+    """
+    found = text_lengths(example_inputs)
+    batches = make_probe_batches(example_inputs)
+    if not found:
+        return [*batches, resized(example_inputs, 5)]
+    odd = {axis: max(3, length - 1 + length % 2) for axis, length in found.items()}
+    most = {axis: length if longest is None else min(longest, _MOST_TOKENS) for axis, length in found.items()}
+    single, padded, long = (
+        resized(example_inputs, rows, _apart(lengths, step))
+        for rows, lengths, step in ((1, dict.fromkeys(found, 1), 1), (5, odd, -1), (2, most, -1))
+    )
+    for batch in (single, padded, long):
+        for name in sequence_axes(batch).keys() & set(_MASKS):
+            mask = batch[name]
+            mask[:] = 1
+            if batch is single:
+                continue
+            share = mask.shape[1] // (3 if batch is padded else 2)
+            mask[0, :share] = 0
+            if batch is padded:
+                mask[1, mask.shape[1] - share :] = 0
+                mask[2, :share] = mask[2, mask.shape[1] - share :] = 0
+    return [*batches, single, padded, long]
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """Tokens that a model of transformers has positions for; None where it does not say, or counts without a limit."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return None
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    # RoBERTa and its kin number real tokens from the padding token's id on: the rows before are not for them.
+    skipped = [
+        table.padding_idx + 1
+        for table in model.modules()
+        if isinstance(table, nn.Embedding) and table.num_embeddings == most and table.padding_idx is not None
+    ]
+    return most - max(skipped, default=0) if most > max(skipped, default=0) else None
 
 
 def _apart(lengths: Mapping[str, int], step: int) -> dict[str, int]:

@@ -2,71 +2,56 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from td_plugin.errors import TdError
-from td_plugin.export.session import is_quantized, open_session, read_graph, require
-from td_plugin.files import staged_file
+from td_plugin.export.calibration import Calibration
+from td_plugin.export.external_data import staged_graph
+from td_plugin.export.form_makers import Order
+from td_plugin.export.forms import make_form
+from td_plugin.export.runners import Inputs
+from td_plugin.export.source_graph import open_source
 
-# Convolutions are left in fp32: onnxruntime's ConvInteger runs four times slower than its fp32 Conv. Gemm is turned
-# into MatMul and Add by the quantizer.
-_OPERATORS = ("MatMul", "Gemm", "Gather", "Attention", "LSTM")
+Mode = Literal["dynamic", "static", "weight"]
+_FORMS = {"dynamic": "int8", "static": "int8-static", "weight": "int8-weight"}
 
 
-def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    mode: Mode = "dynamic",
+    calibration: Iterable[Inputs] | None = None,
+    keep: Collection[str] = (),
+) -> Path:
     """Write the int8 form of an fp32 ONNX file: weights per channel, activations quantized while it runs.
 
     Dynamic quantization needs no calibration data. Linear layers and embeddings become int8, convolutions stay fp32.
-    The metadata of `source` is kept. Compare the result with ``verify(model, target, batches)`` on real data.
+    The metadata of `source` is kept. Compare the result with ``verify(model, target, batches)`` on real data, or let
+    `forms.derive` compare the two files.
 
     Args:
         source: what `to_onnx` wrote. Not a graph with fused attention: its weights would stay fp32.
         target: the file to write, another one than `source`.
+        mode: ``"static"``: with scales from `calibration`; convolutions too, but not the layers that make the output.
+            ``"weight"``: stored in 8 bits, computed in float.
+        calibration: for ``"static"``: batches of the user's data.
+        keep: layers that stay as they are: their names, or patterns such as ``"*.attention.*"``.
 
     Returns:
         `target`.
 
     Raises:
-        TdError: `source` is missing, damaged or already quantized, has no linear layer or embedding, or is `target`.
+        TdError: `source` is missing, damaged or already quantized, has no linear layer or embedding, or is `target`;
+            calibration data are missing, do not fit or are not finite.
     """
-    if Path(source).resolve() == Path(target).resolve():
-        raise TdError("source and target are the same file", where=str(target), fix="choose another target")
-    open_session(source)  # a damaged file is named before the quantizer stumbles over it
-    graph = read_graph(source)
-    if is_quantized(graph):
-        raise TdError("the ONNX file is already quantized", where=str(source), fix="start from the fp32 file")
-    kept = {entry.key: entry.value for entry in graph.metadata_props}
-    with staged_file(target) as staged:
-        _quantize_dynamic(require("onnx").load(str(source)), staged)
-        quantized = read_graph(staged)
-        if not is_quantized(quantized):
-            raise TdError("nothing in the graph can be quantized", where=str(source), fix="use the fp32 file")
-        require("onnx").helper.set_model_props(quantized, {**kept, "td-plugin.precision": "int8"})
-        require("onnx").save(quantized, str(staged))
-        open_session(staged)
+    if mode not in _FORMS:
+        raise TdError("no such mode", got=mode, fix=f"one of {', '.join(_FORMS)}")
+    origin = open_source(source, target)
+    data = None if calibration is None else Calibration(calibration, str(source))
+    with staged_graph(target) as staged:
+        make_form(origin, staged, Order(_FORMS[mode], data, origin.selected(keep)))
     return Path(target)
-
-
-def _quantize_dynamic(graph: Any, target: Path) -> None:
-    # Given a graph, not a path: for a path the quantizer writes a file of its own beside the source.
-    quantization = require("onnxruntime.quantization")
-    logger = logging.getLogger()
-    logger.addFilter(_is_wanted)
-    try:
-        quantization.quantize_dynamic(
-            graph,
-            str(target),
-            per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
-            op_types_to_quantize=list(_OPERATORS),
-        )
-    finally:
-        logger.removeFilter(_is_wanted)
-
-
-def _is_wanted(record: logging.LogRecord) -> bool:
-    # The pre-processing it asks for fails on dynamic shapes, and shape inference has been done by the exporter.
-    return not record.getMessage().startswith("Please consider to run pre-processing before quantization")

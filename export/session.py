@@ -1,22 +1,22 @@
-"""onnxruntime sessions on the CPU: opening a file, and fitting inputs to its graph."""
+"""onnxruntime sessions: opening a file, and fitting inputs to its graph."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from td_plugin.errors import TdError
+from td_plugin.errors import TdError, first_line
+from td_plugin.export.engines import CPU, Engine, onnxruntime_session
 
 if TYPE_CHECKING:
     import numpy as np
-
-PROVIDER = "CPUExecutionProvider"
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -59,8 +59,14 @@ def require(package: str) -> Any:
         ) from error
 
 
-def open_session(path: str | os.PathLike[str], *, threads: int = 1) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU.
+def open_session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    provider: str = CPU,
+    options: Mapping[str, str] | None = None,
+) -> Any:
+    """An `onnxruntime.InferenceSession`.
 
     Threads do not spin while they wait: under any other load spinning costs more than a factor of two and distorts
     the ratio between a dense and a pruned model.
@@ -68,27 +74,25 @@ def open_session(path: str | os.PathLike[str], *, threads: int = 1) -> Any:
     Args:
         path: the ONNX file.
         threads: threads inside one operator.
+        provider: an execution provider that onnxruntime has (`onnxruntime.get_available_providers()`).
+        options: of the provider, as it calls them.
 
     Raises:
         TdError: the file is missing, truncated, corrupt or needs something this onnxruntime lacks.
     """
-    ort = require("onnxruntime")
+    require("onnxruntime")
     if not Path(path).is_file():
         raise TdError("there is no such ONNX file", where=str(path), fix="write it with to_onnx(model, path, inputs)")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: they reach the user as the exception below
     try:
-        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
+        return onnxruntime_session(Engine(str(path), threads, provider, options or {}))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise TdError(
             "onnxruntime cannot load the ONNX file",
             where=str(path),
-            got=str(error).splitlines()[0],
-            fix="the file may be truncated or damaged: export it again",
+            got=first_line(error),
+            fix="the file may be truncated or damaged: export it again"
+            if provider == CPU
+            else f"see whether it loads on the CPU; if so, {provider} lacks a library or its device",
         ) from error
 
 
@@ -112,6 +116,36 @@ def is_quantized(graph: Any) -> bool:
     return any(node.op_type in _INTEGER_OPS for node in graph.graph.node)
 
 
+@dataclass(frozen=True)
+class StatedInput:
+    """An input as a graph states it, in the words of `InferenceSession.get_inputs`: for what onnxruntime does not open.
+
+    Attributes:
+        name: of the input.
+        type: such as ``"tensor(int64)"``.
+        shape: sizes; names or None where they are open.
+    """
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+def stated_inputs(graph: Any) -> list[StatedInput]:
+    """The inputs of an `onnx.ModelProto`, without those that are weights."""
+    types = require("onnx").TensorProto.DataType
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    found = []
+    for entry in graph.graph.input:
+        if entry.name in weights:
+            continue
+        tensor = entry.type.tensor_type
+        kind = types.Name(tensor.elem_type).lower()
+        sizes = [size.dim_value if size.HasField("dim_value") else size.dim_param or None for size in tensor.shape.dim]
+        found.append(StatedInput(entry.name, f"tensor({kind})", sizes))
+    return found
+
+
 def graph_inputs(session: Any, inputs: Mapping[str, Tensor | np.ndarray[Any, Any]], where: str) -> dict[str, Tensor]:
     """Those of `inputs` that the graph takes; others, such as labels, are left out.
 
@@ -123,7 +157,17 @@ def graph_inputs(session: Any, inputs: Mapping[str, Tensor | np.ndarray[Any, Any
     Raises:
         TdError: an input is missing, or its dtype, rank or a fixed dimension does not fit the graph.
     """
-    wanted = session.get_inputs()
+    return fit_inputs(session.get_inputs(), inputs, where)
+
+
+def fit_inputs(
+    wanted: Sequence[Any], inputs: Mapping[str, Tensor | np.ndarray[Any, Any]], where: str
+) -> dict[str, Tensor]:
+    """`graph_inputs`, given what the session or `stated_inputs` says of the graph.
+
+    Raises:
+        TdError: as `graph_inputs`.
+    """
     missing = [entry.name for entry in wanted if entry.name not in inputs]
     if missing:
         raise TdError(

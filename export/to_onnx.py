@@ -19,17 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.export.external_data import LIMIT, save_program, staged_graph
+from td_plugin.export.optimize import check_optimize, optimize_staged
 from td_plugin.export.probes import Batch, flags_of, make_probe_batches, sequence_axes, tensors_of, traced_example
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
 from td_plugin.export.verify import named_outputs, verify
-from td_plugin.files import staged_file
 from td_plugin.parametrization import bake
 
-_PROTOBUF_LIMIT = 2**31 - 2**24  # one protobuf message stays below 2 GiB; the graph itself gets 16 MiB
 
-
-def to_onnx(
+def to_onnx(  # noqa: PLR0913 - all but the first three are options, by name only
     model: nn.Module,
     path: str | os.PathLike[str],
     example_inputs: Batch | Tensor | Sequence[Tensor],
@@ -37,6 +36,8 @@ def to_onnx(
     opset: int = 20,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
+    optimize: str = "none",
+    limit: int = LIMIT,
 ) -> Path:
     """Write `model`, as it computes in evaluation mode, to one ONNX file with a dynamic batch and sequence.
 
@@ -54,6 +55,8 @@ def to_onnx(
         opset: of the ONNX standard operators. From 23 on attention becomes one operator that other tools may not know.
         tolerance: see `verify`.
         metadata: written into the file's ``metadata_props`` next to versions, class, parameters and sparsity.
+        optimize: ``"auto"``: the fastest form on this machine (`best_form`); or one of `forms.FORMS` (`derive`).
+        limit: bytes of weights beyond which they are put in a file beside the graph, ``<name>.data``.
 
     Returns:
         `path`.
@@ -63,6 +66,7 @@ def to_onnx(
             left as it was.
     """
     require("onnxscript")
+    check_optimize(optimize)
     example = _named_inputs(model, example_inputs)
     ready = copy.deepcopy(model).cpu()
     baked = bake(ready)
@@ -70,14 +74,15 @@ def to_onnx(
     ready.forward = functools.partial(ready.forward, **flags_of(example))  # a graph has no flags among its inputs
     _check_exportable(ready)
     properties = _provenance(ready, metadata or {})
-    with staged_file(path) as staged:
+    with staged_graph(path) as staged:
         graph = _export(ready, example, opset)
         _tidy(graph, example)
         graph.metadata_props.update(properties)
-        require("onnx_ir").save(graph, str(staged))
+        save_program(graph, staged, limit=limit)
         # Without masks the caller's own model is the reference, whatever the exporter did to the copy.
         reference = ready if baked else model
         verify(reference, staged, make_probe_batches(example), tolerance=tolerance, where=str(path))
+        optimize_staged(staged, optimize, tensors_of(example), limit)
     return Path(path)
 
 
@@ -125,15 +130,8 @@ def _labels(model: nn.Module) -> list[str]:
 def _check_exportable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise TdError(
-                "onnxruntime's CPU kernels do not cover this dtype",
-                where=name,
-                got=parameter.dtype,
-                fix="model.float(), then quantize(path, target) for a smaller file",
-            )
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size > _PROTOBUF_LIMIT:
-        raise TdError("the model does not fit into one ONNX file", got=f"{size / 1e9:.1f} GB", fix="shrink it first")
+            fix = "model.float(); for a smaller file then optimize='bf16' or 'fp16', or quantize(path, target)"
+            raise TdError("onnxruntime's CPU kernels do not cover this dtype", where=name, got=parameter.dtype, fix=fix)
 
 
 def _export(model: nn.Module, example: Batch, opset: int) -> Any:

@@ -13,7 +13,7 @@ from td_plugin.errors import TdError
 from td_plugin.export import load_pretrained, save_pretrained, to_onnx, verify
 from td_plugin.export.example_inputs import inputs_for_model
 from td_plugin.export.inspection import GraphInspection, inspect_graph
-from td_plugin.export.probes import make_probe_batches
+from td_plugin.export.probes import longest_text, make_parity_batches
 from td_plugin.export.shrink import shrink
 from td_plugin.export.verify import ParityReport
 from td_plugin.files import staged_directory
@@ -99,10 +99,10 @@ def export_checkpoint(directory: Path, output: Path, opset: int = 20) -> GraphIn
 
 
 def verify_checkpoint(directory: Path, file: Path, tolerance: float | None = None) -> ParityReport:
-    """Compare the ONNX file with the checkpoint on random inputs of several sizes.
+    """Compare the ONNX file with the checkpoint on random inputs of several sizes, the longest text among them.
 
     Raises:
         TdError: one of the two cannot be read, or they differ.
     """
     model = load_checkpoint(directory)
-    return verify(model, file, make_probe_batches(inputs_for_model(model)), tolerance=tolerance)
+    return verify(model, file, make_parity_batches(inputs_for_model(model), longest_text(model)), tolerance=tolerance)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from td_plugin import recipes
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 
-RECIPES = {
-    "targeted_weight": recipes.targeted_weight,
-    "targeted_unit": recipes.targeted_unit,
-    "ramping_targeted_weight": recipes.ramping_targeted_weight,
-    "ramping_targeted_unit": recipes.ramping_targeted_unit,
-}
+RECIPES = ("targeted_weight", "targeted_unit", "ramping_targeted_weight", "ramping_targeted_unit")
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,13 @@ class MethodConfig:
 
     def build(self) -> Recipe | None:
         """The recipe, or None for dense training."""
-        return None if self.recipe == "none" else RECIPES[self.recipe](drop_rate=self.drop_rate)
+        if self.recipe == "none":
+            return None
+
+        from td_plugin import recipes  # brings torch, which the checks above do without
+
+        make: Callable[..., Recipe] = getattr(recipes, self.recipe)
+        return make(drop_rate=self.drop_rate)
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,24 @@ _HOMES = {
     "TdError": "errors",
 }
 
+if not TYPE_CHECKING:  # a type checker that sees it takes every misspelt name for an object
 
-def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        value = getattr(import_module(f"td_plugin.{_HOMES[name]}"), name)
-    elif name in __all__:
-        value = import_module(f"td_plugin.{name}")
-    else:
-        raise AttributeError(f"module 'td_plugin' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        """A public name or a module of the package."""
+        unknown = AttributeError(f"module 'td_plugin' has no attribute {name!r}")
+        if name.startswith("_"):  # and __main__ would run
+            raise unknown
+        module = f"td_plugin.{_HOMES.get(name, name)}"
+        try:
+            value = import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise unknown from None
+        if name in _HOMES:
+            value = getattr(value, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -40,17 +40,49 @@ def staged_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     the staging folder is removed and `target` is left exactly as it was.
 
     Raises:
-        TdError: the folder cannot be created or written, or `target` is a directory.
+        TdError: the folder cannot be created, `target` is a directory, or the system refuses to write: the disk is
+            full, the folder read-only. A writer that leaves no file behind is a FileNotFoundError.
     """
     path = Path(target)
-    if path.is_dir():
-        raise TdError("a file is to be written but a directory is there", where=str(path), fix="name a file in it")
+    _no_directory(path)
     stage = _stage(path)
     try:
         yield stage / path.name
         os.replace(stage / path.name, path)
+    except FileNotFoundError:
+        raise  # nothing was written, or what the writer reads is missing
+    except OSError as error:
+        if error.errno is None or not _within(error.filename, stage, path):
+            raise  # not of the system, or about a file that the writer reads
+        raise TdError(
+            "the file cannot be written",
+            where=str(path),
+            got=error.strerror or error,
+            fix="free some space or choose another path",
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_file(target: str | os.PathLike[str]) -> None:
+    """Refuse, before long work, a file that could not be written. Leaves nothing behind.
+
+    Raises:
+        TdError: `target` is a directory, lies under a file, or its nearest existing parent takes no new file.
+    """
+    path = Path(target)
+    _no_directory(path)
+    shutil.rmtree(_stage(next(folder for folder in path.absolute().parents if folder.exists()) / path.name))
+
+
+def _no_directory(path: Path) -> None:
+    if path.is_dir():
+        raise TdError("a file is to be written but a directory is there", where=str(path), fix="name a file in it")
+
+
+def _within(name: object, stage: Path, path: Path) -> bool:
+    """Whether an error of the system is about what is being written; a full disk comes without a name."""
+    return not isinstance(name, (str, os.PathLike)) or Path(name) == path or stage in Path(name).parents
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from typer.testing import CliRunner, Result
 
 import td_plugin as td
 from td_plugin.commands import app
+from td_plugin.export import available_providers, benchmark_job
 
-COMMANDS = ("demo", "finetune", "shrink", "export", "quantize", "verify", "benchmark", "inspect")
+COMMANDS = ("demo", "finetune", "shrink", "export", "quantize", "verify", "benchmark", "inspect", "check")
+
+QUICK = ("--rounds", 5, "--max-rounds", 5)
 
 
 def run(*arguments: object) -> Result:
@@ -72,6 +76,11 @@ class TestCommands:
         assert result.exit_code == 0
         assert all(command in result.output for command in COMMANDS)
 
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_of_each_command(self, command: str) -> None:
+        result = run(command, "--help")
+        assert result.exit_code == 0 and "--json" in result.output and command in result.output
+
     def test_shrink_export_verify_benchmark(self, masked: Path, dense_onnx: Path, tmp_path: Path) -> None:
         small, file = tmp_path / "small", tmp_path / "small.onnx"
         shrunk = document(run("shrink", masked, small, "--json"))
@@ -81,11 +90,41 @@ class TestCommands:
         assert list(exported["inputs"]) == ["input_ids", "attention_mask", "token_type_ids"]
         assert document(run("verify", small, file, "--json"))["max_abs"] < 1e-4
         assert document(run("verify", masked, file, "--json"))["max_abs"] < 1e-4  # masked and shrunk are one function
-        timed = document(
-            run("benchmark", f"dense={dense_onnx}", f"pruned={file}", "--rounds", 5, "--sequence", 16, "--json")
-        )
+        timed = document(run("benchmark", f"dense={dense_onnx}", f"pruned={file}", *QUICK, "--sequence", 16, "--json"))
         assert [entry["name"] for entry in timed["files"]] == ["dense", "pruned"]
+        assert timed["conditions"]["rounds"] == 5
         assert timed["speedups"][0]["over"] == "dense"
+
+    def test_benchmark_with_all_its_parts_and_files(self, dense_onnx: Path, tmp_path: Path) -> None:
+        (tmp_path / "lengths.txt").write_text("4\n9\n\n17\n")
+        outputs = {suffix: tmp_path / f"report.{suffix}" for suffix in ("csv", "html", "png")}
+        written = [part for suffix, path in outputs.items() for part in (f"--{suffix}", path)]
+        parts = ("--workers", 2, "--profile", "--lengths", tmp_path / "lengths.txt", "--accuracy", "b=0.75")
+        files = (f"a={dense_onnx}", f"b={dense_onnx}@cpu")
+        report = document(run("benchmark", *files, *QUICK, *parts, *written, "--json"))
+        assert sorted(report["conditions"]["lengths"]) == [4, 9, 17]
+        assert report["load"]["load"]["workers"] == 2 and len(report["load"]["files"]) == 2
+        assert [entry["accuracy"] for entry in report["files"]] == [None, 0.75]
+        assert report["operators"]
+        rows = list(csv.DictReader(outputs["csv"].read_text().splitlines()))
+        assert [row["accuracy"] for row in rows] == ["", "0.75"] and float(
+            rows[1]["requests_per_second_under_load"]
+        ) > 0
+        page = outputs["html"].read_text()
+        assert "Where the time goes" in page and "concurrent" in page and "<script" not in page
+        assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+        assert len(list(tmp_path.iterdir())) == 4
+
+    def test_benchmark_again(self, dense_onnx: Path, tmp_path: Path) -> None:
+        options = (f"a={dense_onnx}", f"b={dense_onnx}", *QUICK, "--sequence", 4, "--repeat", 2)
+        page = tmp_path / "page.html"
+        found = document(run("benchmark", *options, "--accuracy", "a=0.5", "--html", page, "--json"))
+        assert len(found["speedups"]["b"]) == 2 and found["agree"] == (found["disagreement"]["b"] <= 0.03)
+        assert [entry["files"][0]["accuracy"] for entry in found["reports"]] == [0.5, None]
+        assert [entry["conditions"]["seed"] for entry in found["reports"]] == [0, 1]
+        assert "0.5000" in page.read_text()
+        text = run("benchmark", *options).stdout
+        assert "p50 ms" in text and "run 2" in text and "within 3%" in text
 
     @pytest.mark.parametrize("family", ["gpt2", "t5"])
     def test_shrink_a_family_that_is_traced(self, family: str, tmp_path: Path) -> None:
@@ -192,6 +231,36 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
+            (("--rounds", 5, "--max-rounds", 4), ("--max-rounds", "4 and 5")),
+            (("--accuracy", "a:0.9"), ("no accuracy", "a:0.9", "NAME=VALUE")),
+            (("--accuracy", "c=0.9"), ("not timed", "c", "'a'")),
+            (("--accuracy", "a=91"), ("[0, 1]", "91", "0.91")),
+            (("--accuracy", "a=nan"), ("[0, 1]", "nan")),
+            (("--html", "."), ("a directory is there",)),
+            (("--csv", "/dev/null/x.csv"), ("/dev/null",)),
+            (("--lengths", "/nowhere/lengths"), ("/nowhere/lengths", "one whole number")),
+        ],
+    )
+    def test_benchmark(
+        self, options: tuple[object, ...], words: tuple[str, ...], dense_onnx: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each is said before anything is timed."""
+        monkeypatch.setattr(benchmark_job, "benchmark", lambda *_, **__: pytest.fail("timed"))
+        refused(run("benchmark", f"a={dense_onnx}", *options), *words)
+
+    @pytest.mark.parametrize("text", ["", "[]", "0", "12\n-3", "1.5", "[1.5]", "[true]", "[1", '["7"]', "seven"])
+    def test_lengths(self, text: str, tmp_path: Path) -> None:
+        (tmp_path / "lengths").write_text(text)
+        with pytest.raises(td.TdError, match=r"lengths.*one whole number above 0 per line"):
+            benchmark_job.read_lengths(tmp_path / "lengths")
+
+    def test_a_provider_that_is_not_installed(self, dense_onnx: Path) -> None:
+        provider = next(name for name in ("cuda", "tensorrt", "openvino") if name not in available_providers())
+        refused(run("benchmark", f"a={dense_onnx}@{provider}", *QUICK), provider, "cpu")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
             (("--sparsity-level", "1.0"), ("sparsity_level", "1.0")),
             (("--drop-rate", "-0.5"), ("drop_rate", "-0.5")),
             (("--epochs", "0"), ("epochs",)),
@@ -222,14 +291,3 @@ def test_without_typer_one_line_names_the_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: typer is not installed; fix: pip install 'td-plugin[hf,onnx]'"
-
-
-def test_help_loads_no_optional_package() -> None:
-    code = (
-        "import sys; sys.argv = ['td-plugin', '--help']\n"
-        "from td_plugin.cli import main\n"
-        "try: main()\n"
-        "finally: print([m for m in ('transformers', 'onnx', 'onnxruntime', 'datasets') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

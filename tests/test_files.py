@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from td_plugin.errors import TdError
-from td_plugin.files import staged_directory, staged_file
+from td_plugin.files import check_file, staged_directory, staged_file
 
 
 class Crash(Exception):
@@ -47,6 +48,44 @@ def test_a_file_is_untouched_when_the_writer_fails(tmp_path: Path, error: type[B
         path.write_text("hal")
         raise error
     assert os.listdir(tmp_path) == ["model.onnx"] and target.read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("step", ["write", "move"])
+def test_what_the_system_refuses_names_the_file_and_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, step: str
+) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    write = Path.write_text
+
+    def refuse(path: Path, *_: object) -> None:
+        if step == "write":  # like a write, which names no file
+            write(path, "hal")
+            raise OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code), str(path), None, str(target))  # like a move, which names both
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*((Path, "write_text") if step == "write" else (os, "replace")), refuse)
+        with pytest.raises(TdError, match=f"model.onnx.*{os.strerror(code)}"), staged_file(target) as path:
+            path.write_text("new")
+    assert os.listdir(tmp_path) == ["model.onnx"] and target.read_text() == "old"
+
+
+def test_a_file_that_the_writer_cannot_read_is_not_taken_for_the_one_it_writes(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), staged_file(tmp_path / "model.onnx"):
+        tmp_path.read_text()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_could_not_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    check_file(tmp_path / "deep" / "er" / "page.html")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "blocked").write_text("a file")
+    for wrong, words in ((tmp_path, "a directory is there"), (tmp_path / "blocked" / "deep" / "x", "blocked")):
+        with pytest.raises(TdError, match=words):
+            check_file(wrong)
+    assert tree(tmp_path) == {"blocked": "a file"}
 
 
 def test_no_file_appears_when_the_writer_fails(tmp_path: Path) -> None:
