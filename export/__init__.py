@@ -6,7 +6,7 @@ the module as soon as anyone imports that. Nothing of transformers, onnx or onnx
 
 from td_plugin.export.benchmark import benchmark
 from td_plugin.export.check import check
-from td_plugin.export.decoding import to_cached_onnx
+from td_plugin.export.decoder import to_cached_onnx
 from td_plugin.export.evaluation import evaluate_onnx
 from td_plugin.export.lengths import at_lengths
 from td_plugin.export.module_checkpoint import load_into
