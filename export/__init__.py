@@ -4,10 +4,12 @@ The functions carry the names of their modules, so they are bound here at once: 
 the module as soon as anyone imports that. Nothing of transformers, onnx or onnxruntime is loaded before it is used.
 """
 
+from td_plugin.export.auto_form import best_form
 from td_plugin.export.benchmark import benchmark
 from td_plugin.export.check import check
 from td_plugin.export.decoder import to_cached_onnx
 from td_plugin.export.evaluation import evaluate_onnx
+from td_plugin.export.forms import derive
 from td_plugin.export.lengths import at_lengths
 from td_plugin.export.module_checkpoint import load_into
 from td_plugin.export.operator_profile import profile_operators
@@ -28,7 +30,9 @@ __all__ = [
     "at_lengths",
     "available_providers",
     "benchmark",
+    "best_form",
     "check",
+    "derive",
     "evaluate_onnx",
     "load_into",
     "load_pretrained",

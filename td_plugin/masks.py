@@ -115,7 +115,10 @@ def threshold(rate: float, key: int) -> int:
 
     The coin is number 0 of the stream, which no draw uses.
     """
-    coin = (int(words(key, 1, torch.device("cpu"))) >> 11) & ((1 << 53) - 1)
+    z = key  # `words`, without the price of a dozen small tensors
+    for shift, factor in _ROUNDS:
+        z = ((z ^ (z >> shift)) * factor) & ((1 << 64) - 1)
+    coin = (z ^ (z >> _LAST_SHIFT)) >> 11
     return int(rate * SPAN + coin * 2.0**-53)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from td_plugin.errors import TdError
 from td_plugin.masked_view import masked_view
-from td_plugin.masking import select
+from td_plugin.masking import select, zero_
 
 _STATE = "_td_masks"
 
@@ -220,11 +220,12 @@ def masked_tensors(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(mask.fqn for _, _, mask in masks_of(model)))
 
 
-def bake(model: nn.Module) -> int:
+def bake(model: nn.Module, settled: bool = False) -> int:
     """Zero what the deterministic masks drop, in place, and remove every trace of the masks.
 
     Args:
         model: masked or not, in any mode.
+        settled: whether the weights have been ranked since they last changed.
 
     Returns:
         the number of tensors that carried a mask.
@@ -233,18 +234,15 @@ def bake(model: nn.Module) -> int:
         TdError: a ranked weight is not finite; nothing has been changed then.
     """
     found = masks_of(model)
-    for _, _, mask in found:
+    for _, _, mask in () if settled else found:
         mask.train()  # in-place edits through `.data` leave no other sign
     # All masks first: zeroing one tensor changes the ranking that others share.
-    keeps = []
-    for _, _, mask in found:
-        mask.source.settle()
-        keeps.append(mask.source.keep_mask(mask))
+    keeps = [mask.source.keep_mask(mask) for _, _, mask in found]
     with torch.no_grad():
         for (module, name, _), keep in zip(found, keeps, strict=True):
             dense = module._parameters[name]
             if dense is not None:
-                dense.masked_fill_(~keep.to(dense.device), 0)
+                zero_(dense, keep)
     for module in {id(module): module for module, _, _ in found}.values():
         detach(module)
     return len(found)

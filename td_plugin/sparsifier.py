@@ -199,10 +199,11 @@ class TargetedDropout(BaseSparsifier):
         """
         if self._final_report is not None and not self.groups:
             return
-        model = self._prepared()
         kept = kept_params(self.groups, params_to_keep, params_to_keep_per_layer)
+        for target in self._targets:
+            target.forget()  # in-place edits through `.data` leave no other sign
         report = self.report()
-        bake(model)
+        bake(self._prepared(), settled=True)
         for module, values in kept:
             vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []
@@ -233,9 +234,8 @@ class TargetedDropout(BaseSparsifier):
             TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
         """
         self._prepared()
-        self._switches.refresh_now = True
         restore_levels(self.groups, self.recipe.name, state_dict, strict)
-        self._switches.seed = int(state_dict["seed"])
+        self._switches.seed, self._switches.refresh_now = int(state_dict["seed"]), True
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
         for target in self._targets if self.step_count else ():

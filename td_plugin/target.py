@@ -155,16 +155,20 @@ class Target:
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
         level, seed = self.shipped_level, self.switches.seed
-        candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
         pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
         keeps = self._keeps(self._shipped, level, False, 1.0, 0)
+        zeros = sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
+        groups, dropped = keeps[0].numel(), zeros  # of single weights; a flag for each is not made twice
+        if self.recipe.granularity.kinds:
+            candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
+            groups, dropped = candidates.numel(), int(candidates.sum())
         return SparsityRow(
             tensor=self.name,
             kind="units" if self.recipe.granularity.kinds else "weights",
-            groups=candidates.numel(),
-            dropped=int(candidates.sum()),
+            groups=groups,
+            dropped=dropped,
             elements=sum(_owned(member) for member in self.members),
-            zeros=sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True)),
+            zeros=zeros,
             sampled=sum(_zeros(mask.keep, parameter) for parameter, mask in pairs if mask.keep is not None),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],
@@ -179,7 +183,7 @@ def _owned(member: Member) -> int:
 
 def _zeros(keep: Tensor, parameter: Tensor) -> int:
     # A mask of one entry per unit stands for equally many scalars each.
-    return int((~keep).sum()) * parameter.numel() // keep.numel()
+    return (keep.numel() - int(keep.count_nonzero())) * parameter.numel() // keep.numel()
 
 
 def make_targets(

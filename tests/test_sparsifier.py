@@ -926,3 +926,15 @@ def test_an_evaluation_in_between_does_not_move_the_thresholds_of_training() -> 
         return [keep for keep in keeps if keep is not None]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_squash_reports_weights_that_were_edited_unseen() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    sparsifier = td.TargetedDropout(td.recipes.targeted_weight(), 0.5)
+    sparsifier.prepare(model)
+    weight = dict(model.named_parameters())["0.weight"]
+    sparsifier.report()
+    weight.data.copy_(torch.arange(32.0).view(4, 8) + 1)  # no version counter sees this
+    sparsifier.squash_mask()
+    assert sparsifier.report().zeros == 16
+    assert torch.equal(model[0].weight == 0, (torch.arange(8) < 4).expand(4, 8))
