@@ -111,4 +111,4 @@ def test_the_work_per_tensor_does_not_grow_with_their_number() -> None:
     calls_of(2)  # what happens once, happens here
     few, some, many = (calls_of(tensors) for tensors in (20, 40, 80))
     for name in few:
-        assert many[name] - some[name] == pytest.approx(2 * (some[name] - few[name]), rel=0.02), name
+        assert many[name] - some[name] <= 1.02 * 2 * (some[name] - few[name]), name  # fewer is no growth
