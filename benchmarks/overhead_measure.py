@@ -7,6 +7,7 @@ import gc
 import importlib
 import platform
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import td_plugin as td
-from td_plugin import kernels
+from td_plugin import kernels, mask, masking, remaking
 from td_plugin.parametrization import masks_of
 
 HEAD = 64
@@ -110,9 +112,10 @@ def in_turn(
     rounds: int,
     seed: int,
     label: str,
-) -> dict[str, list[float]]:
-    """Seconds per row and round: every round runs each row once on the same batch, in random order."""
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds and page faults per row and round: every round runs each row once, on the same batch, in random order."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    faults: dict[str, list[int]] = {name: [] for name in variants}
     shuffle, batches = random.Random(seed), setting.batches()
     gc.collect()
     gc.freeze()  # what is there stays; collecting the rest between steps is quick
@@ -120,12 +123,47 @@ def in_turn(
         for name in shuffle.sample(list(variants), len(variants)):
             gc.collect()  # else one row pays for the garbage of another
             setting.wait()
-            start = time.perf_counter()
+            before, start = _faults(), time.perf_counter()
             variants[name](batches[turn % BATCHES])
             setting.wait()
             seconds[name].append(time.perf_counter() - start)
+            faults[name].append(_faults() - before)
     gc.unfreeze()
-    return seconds
+    return seconds, faults
+
+
+def _faults() -> int:
+    """Pages that the system has had to hand this process again, after its allocator had given them back."""
+    if not (source := Path("/proc/self/stat")).exists():
+        return 0
+    return int(source.read_text().rpartition(")")[2].split()[7])
+
+
+def own_seconds(setting: Setting, variant: Variant) -> float:
+    """Median time per step inside the calls of td_plugin: `step`, masking a weight, masking its gradient."""
+    spent, steps = 0.0, []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            result = function(*args)
+            spent += time.perf_counter() - start
+            return result
+
+        return call
+
+    with (
+        patch.object(variant, "begin", timed(variant.begin)),
+        patch.object(mask, "select", timed(masking.select)),
+        patch.object(remaking, "select", timed(masking.select)),
+        patch.object(masking._Select, "backward", staticmethod(timed(masking._Select.backward))),
+    ):
+        for batch in setting.batches() * 2:
+            spent = 0.0
+            variant.step(batch, setting.autocast)
+            steps.append(spent)
+    return statistics.median(steps)
 
 
 def compared(seconds: list[float], base: list[float], seed: int = 0) -> dict[str, float]:

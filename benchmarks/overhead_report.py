@@ -12,6 +12,8 @@ import torch
 
 from td_plugin import kernels
 
+_ALLOCATOR = ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
 
 def machine(device: str) -> dict[str, str]:
     """What the numbers were taken on, and with which versions."""
@@ -27,6 +29,7 @@ def machine(device: str) -> dict[str, str]:
         "load": " ".join(f"{value:.1f}" for value in os.getloadavg()) if os.name == "posix" else "",
         "python": platform.python_version(),
         "compiled loops": str(kernels.available()),
+        **{name: value for name in _ALLOCATOR if (value := os.environ.get(name))},
         **{name: version for name, version in versions.items() if version},
     }
 
@@ -78,6 +81,8 @@ def _training(rows: dict[str, Any]) -> str:
         "over none, %: median [95 %]",
         "of means",
         "of minima",
+        "inside td_plugin, ms",
+        "page faults",
         "tensors masked",
         "scalars in them",
         "bytes held per scalar",
@@ -86,6 +91,7 @@ def _training(rows: dict[str, Any]) -> str:
     for name, row in rows.items():
         cells = [row["title"], f"{row['median_ms']:.1f}"]
         cells += ["", "", ""] if name == "none" else [_percent(row), *_others(row)]
+        cells += [f"{row['own_ms']:.0f}" if "own_ms" in row else "", f"{row['faults']:,.0f}"]
         if "weights" in row:
             cells += [str(row["tensors"]), f"{row['weights']:,}", f"{row['held_bytes_per_weight']:.4f}"]
         lines.append(cells + [""] * (len(header) - len(cells)))

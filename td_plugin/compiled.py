@@ -14,6 +14,7 @@ import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GATHER, _HIGHEST = np.uint64(0x0102040810204080), np.uint64(56)
 _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 _BLOCK = 1 << 15  # weights of float32 that fill an eighth of a second-level cache
 _BISECT_EVERY = 4  # interpolation alone may creep
@@ -112,7 +113,7 @@ def cut(rows: Any, k: int, magnitude: Any, infinity: Any, kth: Any, last: Any) -
         if k == 0:
             wrong += _at_most_and_largest(rows[p], kth[p], magnitude)[1] >= infinity
         else:
-            kth[p], last[p] = _cut_row(rows[p], k, kth[p], magnitude, infinity)
+            kth[p], last[p] = _cut_row(rows[p], k, rows.dtype.type(kth[p] & magnitude), magnitude, infinity)
             wrong += last[p] < 0
     return wrong
 
@@ -142,17 +143,34 @@ def keep(  # noqa: PLR0913 (compiled code takes numbers and arrays)
         last: ``[pools]``, from `cut`.
         key: of the stream, uint64.
         below: `masks.threshold` less 32768.
-        out: ``[pools, groups]`` bool, written.
+        out: uint8, `bits.pack` of the ``[pools, groups]`` flags, written.
     """
     groups = rows.shape[1]
     numbers = np.empty(min(groups, _WIDTH) // 4 + 2, np.uint64)
-    bits = numbers.view(np.int16)
+    coins = numbers.view(np.int16)
+    eights = np.empty(min(groups, _WIDTH) // 8 + 2, np.uint64)
+    flags = eights.view(np.uint8)
+    waiting, written = 0, 0  # flags that do not fill a byte yet, and bytes
     for p in range(rows.shape[0]):
         for a in range(0, groups, _WIDTH):
             b = min(a + _WIDTH, groups)
             start = (first + p) * groups + a
             _flips(numbers, key, 1 + start // 4)
-            _keep_part(rows[p, a:b], magnitude, kth[p], last[p] - a, bits[start % 4 :], below, out[p, a:b])
+            part = flags[waiting : waiting + b - a]
+            _keep_part(rows[p, a:b], magnitude, kth[p], last[p] - a, coins[start % 4 :], below, part)
+            whole, waiting = (waiting + b - a) // 8, (waiting + b - a) % 8
+            _pack(eights[:whole], out[written:])
+            eights[0], written = eights[whole], written + whole
+    if waiting > 0:
+        flags[waiting:8] = 0
+        _pack(eights[:1], out[written:])
+
+
+@compiled
+def _pack(eights: Any, out: Any) -> None:
+    """Eight bytes of 0 or 1 -> one byte: each product's highest byte gathers them."""
+    for i in range(eights.shape[0]):
+        out[i] = np.uint8((eights[i] * _GATHER) >> _HIGHEST)
 
 
 @compiled
@@ -173,16 +191,32 @@ def sample(  # noqa: PLR0913 (as `keep`)
     rows: Any, first: Any, k: int, magnitude: Any, infinity: Any, kth: Any, last: Any, key: Any, below: Any, out: Any
 ) -> Any:
     """`cut`, then `keep`, block by block, so that the second finds the weights in the cache."""
-    wrong, block = 0, max(_BLOCK // rows.shape[1], 1)
+    wrong, groups = 0, rows.shape[1]
+    together = together_of(groups)
+    block = max(_BLOCK // (groups * together), 1) * together
     for a in range(0, rows.shape[0], block):
         b = min(a + block, rows.shape[0])
         wrong += cut(rows[a:b], k, magnitude, infinity, kth[a:b], last[a:b])
-        keep(rows[a:b], first + a, magnitude, kth[a:b], last[a:b], key, below, out[a:b])
+        keep(rows[a:b], first + a, magnitude, kth[a:b], last[a:b], key, below, out[a * groups // 8 :])
     return wrong
 
 
 @compiled
-def select(values: Any, kept: Any, out: Any) -> None:
-    """`out` = `values` where `kept`, else 0; all ``[n]``."""
-    for i in range(values.shape[0]):
-        out[i] = values[i] if kept[i] else out.dtype.type(0)
+def together_of(groups: Any) -> Any:
+    """How many rows of so many flags fill whole bytes, at the least."""
+    together = 8
+    while together > 1 and groups * (together // 2) % 8 == 0:
+        together //= 2
+    return together
+
+
+@compiled
+def select(values: Any, bits: Any, out: Any) -> None:
+    """`out` = `values` where the flag of `bits` is set, else 0; `values` and `out` ``[n]``, `bits` packed."""
+    whole = values.shape[0] // 8
+    for i in range(whole):
+        eight = np.int32(bits[i])
+        for j in range(8):
+            out[8 * i + j] = values[8 * i + j] & -((eight >> j) & 1)
+    for i in range(8 * whole, values.shape[0]):
+        out[i] = values[i] & -((np.int32(bits[whole]) >> (i - 8 * whole)) & 1)

@@ -12,14 +12,14 @@ import numba
 import numpy as np
 
 from td_plugin import openmp
-from td_plugin.compiled import compiled, cut, keep, sample, select
+from td_plugin.compiled import compiled, cut, keep, sample, select, together_of
 
 SELECT, CUT, KEEP, SAMPLE = range(4)
 """The kinds of jobs."""
 FIELDS = 14
 """A job is so many int64: its kind, shape, numbers and the addresses of its arrays, in this order."""
 _KIND, _POOLS, _GROUPS, _K, _MAGNITUDE, _INFINITY, _KEY, _BELOW = range(8)
-_VALUES, _FLAGS, _OUT, _KTH, _LAST, _WRONG = range(8, FIELDS)
+_VALUES, _BITS, _OUT, _KTH, _LAST, _WRONG = range(8, FIELDS)
 
 
 @numba.extending.intrinsic  # type: ignore[untyped-decorator]
@@ -47,14 +47,16 @@ def _work(job: Any, like: Any) -> None:
     """The share of `job` that falls to this thread: some of the pools, or of the values of `SELECT`."""
     pools, groups, thread, threads = job[_POOLS], job[_GROUPS], np.int64(_thread()), np.int64(_threads())
     size = pools * groups
+    bits = _array(job[_BITS], (size + 7) // 8, np.uint8(0))
     if job[_KIND] == SELECT:
-        a, b = size * thread // threads, size * (thread + 1) // threads
-        out = _array(job[_OUT], size, like)
-        select(_array(job[_VALUES], size, like)[a:b], _array(job[_FLAGS], size, np.bool_(True))[a:b], out[a:b])
+        a, b = size // 8 * thread // threads * 8, size // 8 * (thread + 1) // threads * 8
+        b = size if thread == threads - 1 else b
+        select(_array(job[_VALUES], size, like)[a:b], bits[a // 8 :], _array(job[_OUT], size, like)[a:b])
         return
-    a, b = pools * thread // threads, pools * (thread + 1) // threads
+    together = together_of(groups)  # no byte of flags belongs to two threads
+    a, b = pools // together * thread // threads * together, pools // together * (thread + 1) // threads * together
+    b = pools if thread == threads - 1 else b
     rows = _array(job[_VALUES], size, like).reshape((pools, groups))[a:b]
-    flags = _array(job[_FLAGS], size, np.bool_(True)).reshape((pools, groups))[a:b]
     kth, last = _array(job[_KTH], pools, like)[a:b], _array(job[_LAST], pools, np.int64(0))[a:b]
     wrong = _array(job[_WRONG], threads, np.int64(0))
     magnitude, infinity = rows.dtype.type(job[_MAGNITUDE]), rows.dtype.type(job[_INFINITY])
@@ -62,9 +64,9 @@ def _work(job: Any, like: Any) -> None:
     if job[_KIND] == CUT:
         wrong[thread] = cut(rows, job[_K], magnitude, infinity, kth, last)
     elif job[_KIND] == KEEP:
-        keep(rows, a, magnitude, kth, last, key, below, flags)
+        keep(rows, a, magnitude, kth, last, key, below, bits[a * groups // 8 :])
     else:
-        wrong[thread] = sample(rows, a, job[_K], magnitude, infinity, kth, last, key, below, flags)
+        wrong[thread] = sample(rows, a, job[_K], magnitude, infinity, kth, last, key, below, bits[a * groups // 8 :])
 
 
 def _work_32(job: Any) -> None:
@@ -79,12 +81,17 @@ def _work_16(job: Any) -> None:
 def entry(width: int) -> Any:
     """What does a thread's share of a job on floats of `width` bits, for callers that are not Python.
 
-    Its `.address` takes a pointer to the numbers of the job. The first call in an installation takes some seconds, to
+    It takes the address of the numbers of the job. The first call in an installation takes some seconds, to
     compile; later processes read the result from disk.
     """
     signature = numba.types.void(numba.types.CPointer(numba.types.int64))
     function = _work_32 if width == 32 else _work_16
     try:
-        return numba.cfunc(signature, cache=True)(function)
+        made = numba.cfunc(signature, cache=True)(function)
     except RuntimeError:
-        return numba.cfunc(signature)(function)
+        made = numba.cfunc(signature)(function)
+    _alive.append(made)
+    return openmp.callable_at(made.address)
+
+
+_alive: list[Any] = []  # the code goes with the object

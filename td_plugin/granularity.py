@@ -46,7 +46,8 @@ class OutputRow:
 
     def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
         """``[*w] -> [outputs, inputs]``."""
-        return importances[0].movedim(slices[0].dim, 0).flatten(1)
+        (importance,), (slice_,) = importances, slices
+        return (importance.movedim(slice_.dim, 0) if slice_.dim else importance).flatten(1)
 
     def to_mask(self, groups: Tensor, slice_: Slice, shape: Sequence[int]) -> Tensor:
         """``[outputs, inputs] -> [*w]``."""

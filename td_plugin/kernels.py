@@ -11,15 +11,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from td_plugin import openmp
+from td_plugin import bits, openmp
 from td_plugin.masks import SPAN, Cut, count, threshold
 
 # By type: the integer of its width and the bits of infinity.
@@ -76,11 +75,10 @@ def _loops() -> Any:
     return compiled_jobs
 
 
-@dataclass(frozen=True)
-class _Job:
+class Job(NamedTuple):
     """What a compiled loop is told besides `values` ``[pools, groups]``; see `td_plugin.compiled_jobs.FIELDS`."""
 
-    flags: Tensor | None = None
+    packed: Tensor | None = None
     out: Tensor | None = None
     kth: Tensor | None = None
     last: Tensor | None = None
@@ -88,33 +86,43 @@ class _Job:
     key: int = 0
     below: int = 0
 
-    def run(self, kind: Literal["SELECT", "CUT", "KEEP", "SAMPLE"], values: Tensor) -> bool:
-        """Do it on torch's threads; False if a value that was ranked is not finite."""
-        loops, (width, infinity) = _loops(), _BITS[values.dtype]
-        parts = min(openmp.threads(), max(values.numel() // _WORTH_A_THREAD, 1))
-        wrong = torch.zeros(parts, dtype=torch.int64)
-        arrays = (values, self.flags, self.out, self.kth, self.last, wrong)
-        fields = (ctypes.c_int64 * loops.FIELDS)(
-            getattr(loops, kind),
-            len(values),
-            values.numel() // len(values),
-            self.k,
-            (1 << (width - 1)) - 1,  # all bits but the sign
-            infinity,
-            self.key,
-            self.below,
-            *(0 if array is None else array.data_ptr() for array in arrays),
-        )
-        openmp.run(loops.entry(width).address, ctypes.addressof(fields), parts)
-        return not wrong.any()
+
+def run(kind: Literal["SELECT", "CUT", "KEEP", "SAMPLE"], values: Tensor, job: Job) -> bool:
+    """Do it on torch's threads; False if a value that was ranked is not finite.
+
+    It runs several times per tensor and step, so what it costs beside the loop (10 µs) is kept small.
+    """
+    loops, (width, infinity), size, pools = _loops(), _BITS[values.dtype], values.numel(), values.shape[0]
+    parts = min(openmp.threads(), max(size // _WORTH_A_THREAD, 1))
+    wrong = (ctypes.c_int64 * parts)()
+    fields = (ctypes.c_int64 * loops.FIELDS)(
+        getattr(loops, kind),
+        pools,
+        size // pools,
+        job.k,
+        (1 << (width - 1)) - 1,  # all bits but the sign
+        infinity,
+        job.key,
+        job.below,
+        values.data_ptr(),
+        0 if job.packed is None else job.packed.data_ptr(),
+        0 if job.out is None else job.out.data_ptr(),
+        0 if job.kth is None else job.kth.data_ptr(),
+        0 if job.last is None else job.last.data_ptr(),
+        ctypes.addressof(wrong),
+    )
+    openmp.run(loops.entry(width), ctypes.addressof(fields), parts)
+    return not any(wrong)
 
 
 def _start(rows: Tensor, k: int, guess: Cut | None) -> tuple[Tensor, Tensor]:
-    """`Cut.kth`, in the type of `rows`, and `Cut.last`, as the search for the k-th finds them."""
-    kth = torch.full((len(rows), 1), 0.0 if k else -torch.inf, dtype=rows.dtype)
-    if k and guess is not None and guess.kth.shape == kth.shape:
-        kth.copy_(guess.kth.clamp(min=0))
-    return kth, torch.full((len(rows), 1), -1)
+    """Room for `Cut.kth`, in the type of `rows`, and `Cut.last`; the search for the k-th starts from the former."""
+    shape = (rows.shape[0], 1)
+    if k == 0:
+        return torch.full(shape, -torch.inf, dtype=rows.dtype), torch.full(shape, -1)
+    if guess is None or guess.kth.shape != shape:
+        return torch.zeros(shape, dtype=rows.dtype), torch.empty(shape, dtype=torch.int64)
+    return guess.kth.to(rows.dtype, copy=True), torch.empty(shape, dtype=torch.int64)
 
 
 def cut(rows: Tensor, fraction: float, guess: Cut | None) -> Cut | None:
@@ -127,7 +135,7 @@ def cut(rows: Tensor, fraction: float, guess: Cut | None) -> Cut | None:
     """
     k = count(fraction, rows.shape[1])
     kth, last = _start(rows, k, guess)
-    return Cut(kth.float(), last) if _Job(kth=kth, last=last, k=k).run("CUT", rows) else None
+    return Cut(kth.float(), last) if run("CUT", rows, Job(kth=kth, last=last, k=k)) else None
 
 
 def keep(rows: Tensor, where: Cut, rate: float, key: int) -> Tensor:
@@ -140,19 +148,23 @@ def keep(rows: Tensor, where: Cut, rate: float, key: int) -> Tensor:
         key: of the draw.
 
     Returns:
-        ``[pools, groups]`` bool.
+        `bits.pack` of ``[pools, groups]``.
     """
-    flags, below = torch.empty(rows.shape, dtype=torch.bool), threshold(rate, key) - SPAN // 2
-    _Job(flags, kth=where.kth.to(rows.dtype), last=where.last, key=key, below=below).run("KEEP", rows)
-    return flags
+    packed, below = _room(rows), threshold(rate, key) - SPAN // 2
+    run("KEEP", rows, Job(packed, kth=where.kth.to(rows.dtype), last=where.last, key=key, below=below))
+    return packed
 
 
 def sample(rows: Tensor, fraction: float, guess: Cut | None, rate: float, key: int) -> tuple[Cut, Tensor] | None:
     """`cut`, then `keep`, reading the weights from memory once; None if one of them is not finite."""
-    k, flags = count(fraction, rows.shape[1]), torch.empty(rows.shape, dtype=torch.bool)
+    k, packed = count(fraction, rows.shape[1]), _room(rows)
     kth, last = _start(rows, k, guess)
-    job = _Job(flags, kth=kth, last=last, k=k, key=key, below=threshold(rate, key) - SPAN // 2)
-    return (Cut(kth.float(), last), flags) if job.run("SAMPLE", rows) else None
+    job = Job(packed, kth=kth, last=last, k=k, key=key, below=threshold(rate, key) - SPAN // 2)
+    return (Cut(kth.float(), last), packed) if run("SAMPLE", rows, job) else None
+
+
+def _room(rows: Tensor) -> Tensor:
+    return torch.empty(bits.size(rows.numel()), dtype=torch.uint8)
 
 
 def select(values: Tensor, kept: Tensor) -> Tensor:
@@ -160,8 +172,8 @@ def select(values: Tensor, kept: Tensor) -> Tensor:
 
     Args:
         values: one that `serves`.
-        kept: bool, contiguous, of the same shape.
+        kept: `bits.pack` of as many flags.
     """
     out = torch.empty_like(values)
-    _Job(kept, out).run("SELECT", values)
+    run("SELECT", values, Job(kept, out))
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from td_plugin import kernels
+from td_plugin.bits import flags_of
 
 
 class _Select(torch.autograd.Function):
@@ -21,23 +22,23 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return select(keep, grads[0]), None
+        if not torch.is_grad_enabled() and kernels.serves(grads[0]):
+            return kernels.select(grads[0], keep), None
+        return select(keep, grads[0]), None  # through the Function, so that gradients have gradients
 
 
 def select(keep: Tensor, dense: Tensor) -> Tensor:
     """`dense` where `keep`, else 0.
 
     Args:
-        keep: bool, of the shape of `dense` or broadcastable to it (one flag per unit).
+        keep: of one flag per weight, `td_plugin.bits.pack` of them; else bool, broadcastable to `dense` (one per unit).
         dense: ``[*w]``.
     """
     keep = keep.to(dense.device)
-    if torch.compiler.is_compiling():
-        return torch.where(keep, dense, dense.new_zeros(()))
-    if keep.shape == dense.shape and keep.is_contiguous() and kernels.serves(dense):
-        # Through the Function in the backward too, so that gradients have gradients.
+    if keep.dtype == torch.uint8 and not torch.compiler.is_compiling() and kernels.serves(dense):
         return _Select.apply(dense, keep)  # type: ignore[no-any-return, no-untyped-call]
-    if keep.numel() < dense.numel():
+    keep = flags_of(keep, dense.shape)
+    if keep.numel() < dense.numel() and not torch.compiler.is_compiling():
         return dense * keep.to(dense.dtype)  # per unit: half the price of a broadcast condition
     return torch.where(keep, dense, dense.new_zeros(()))
 
@@ -45,7 +46,7 @@ def select(keep: Tensor, dense: Tensor) -> Tensor:
 def zero_(dense: Tensor, keep: Tensor) -> None:
     """Write 0 into `dense` where not `keep`, in place; both as for `select`."""
     keep = keep.to(dense.device)
-    if keep.shape == dense.shape and keep.is_contiguous() and kernels.serves(dense):
+    if keep.dtype == torch.uint8 and kernels.serves(dense):
         dense.copy_(kernels.select(dense, keep))  # a tenth of what masked_fill_ takes
     else:
-        dense.masked_fill_(~keep, 0)
+        dense.masked_fill_(~flags_of(keep, dense.shape), 0)

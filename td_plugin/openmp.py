@@ -46,14 +46,22 @@ _answer = ctypes.CFUNCTYPE(ctypes.c_int)
 _zero, _one = _answer(lambda: 0), _answer(lambda: 1)
 
 
+def callable_at(address: int) -> Any:
+    """The compiled function at `address`, which takes an address, as `run` takes it."""
+    return _loop(address)
+
+
+_loop = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 def threads() -> int:
     """How many threads `run` uses: as many as torch, or one."""
     return 1 if _library() is None else torch.get_num_threads()
 
 
-def run(function: int, argument: int, parts: int) -> None:
-    """Call the compiled function at address `function` with `argument` on `parts` threads, and wait for all."""
+def run(function: Any, argument: int, parts: int) -> None:
+    """Call the compiled `function` (one of `callable_at`) with `argument` on `parts` threads, and wait for all."""
     if parts == 1 or _library() is None:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+        function(argument)
     else:
         _library().GOMP_parallel(function, argument, parts, 0)

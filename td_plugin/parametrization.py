@@ -9,104 +9,18 @@ parameters, `state_dict`, strict loads, `tie_weights` and deep copies are those 
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.mask import Mask
 from td_plugin.masked_view import masked_view
-from td_plugin.masking import select, zero_
+from td_plugin.masking import zero_
+from td_plugin.remaking import Remaking
 
 _STATE = "_td_masks"
-
-
-class MaskSource(Protocol):
-    """Where a mask comes from: the target that ranks the groups of one or several tensors together."""
-
-    @property
-    def dense(self) -> bool:
-        """Whether masks are switched off, in training and in evaluation."""
-        ...
-
-    @property
-    def dense_eval(self) -> bool:
-        """Whether evaluation runs the dense model."""
-        ...
-
-    def settle(self) -> int:
-        """Bring the deterministic candidates up to date with the weights; a number that changes when they do."""
-        ...
-
-    def expire(self) -> None:
-        """Forget that the candidates are up to date: weights may change from here on."""
-        ...
-
-    def keep_mask(self, mask: Mask) -> Tensor:
-        """The deterministic keep-mask of one tensor, broadcastable to it."""
-        ...
-
-
-class Mask:
-    """The mask of one tensor.
-
-    Attributes:
-        source: the target it belongs to.
-        fqn: fully qualified name of the tensor.
-        keep: what this training step keeps, bool, broadcastable to the tensor; None before the first draw. It is
-            replaced, never edited: the graph of an earlier forward still holds the old one.
-    """
-
-    def __init__(self, source: MaskSource, fqn: str) -> None:
-        self.source, self.fqn = source, fqn
-        self.keep: Tensor | None = None
-        self._eval_keep: Tensor | None = None
-        self._cached: Tensor | None = None
-        self._cache_key: tuple[object, ...] = ()
-
-    def apply(self, dense: Tensor, training: bool) -> Tensor:
-        """The value the layer computes with, ``[*w]``; the gradient of a dropped entry is zero."""
-        if self.source.dense or (not training and self.source.dense_eval):
-            return dense
-        if training:
-            return dense if self.keep is None else select(self.keep, dense)
-        if torch.compiler.is_compiling():  # settled by `train(False)`, outside the graph
-            return dense if self._eval_keep is None else select(self._eval_keep, dense)
-        return self._shipped(dense)
-
-    def _settled(self, dense: Tensor) -> Tensor:
-        key = (self.source.settle(), dense.data_ptr(), dense.dtype, dense.device)
-        if key != self._cache_key or self._eval_keep is None:
-            self._eval_keep, self._cache_key, self._cached = self.source.keep_mask(self), key, None
-        return self._eval_keep
-
-    def _shipped(self, dense: Tensor) -> Tensor:
-        keep = self._settled(dense)
-        if torch.is_grad_enabled():
-            return select(keep, dense)
-        if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
-            self._cached = select(keep, dense)  # materialised once, so `generate` pays nothing per token
-        return self._cached
-
-    def apply_after(self, value: Tensor, training: bool) -> Tensor:
-        """`apply` to what another mask of the same tensor gave; nothing is remembered of it."""
-        if self.source.dense or (not training and self.source.dense_eval) or training:
-            return self.apply(value, training)
-        if torch.compiler.is_compiling():
-            return self.apply(value, training)
-        self.source.settle()
-        return select(self.source.keep_mask(self), value)
-
-    def train(self) -> None:
-        """Enter training: the weights will change, so nothing derived from them may be reused."""
-        self.source.expire()
-        self._eval_keep, self._cached, self._cache_key = None, None, ()
-
-    def evaluate(self, dense: Tensor) -> None:
-        """Enter evaluation: settle the mask now; a compiled forward needs it ready."""
-        if not (self.source.dense or self.source.dense_eval or dense.is_meta):
-            self.train()
-            self._settled(dense)
 
 
 class _ModuleMasks:
@@ -167,7 +81,8 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         masks: _ModuleMasks = self.__dict__[_STATE]
         masks.inside_forward += 1
         try:
-            return base.forward(self, *args, **kwargs)
+            with Remaking():
+                return base.forward(self, *args, **kwargs)
         finally:
             masks.inside_forward -= 1
 

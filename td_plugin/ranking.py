@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from td_plugin import kernels
+from td_plugin.bits import pack, unpack
 from td_plugin.contract import Evidence, Recipe
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
@@ -100,7 +101,7 @@ class Ranking:
         return self._keep(self._finite(kernels.cut(rows, level, self._cut)), level, seed)
 
     def sample(self, level: float, seed: int, hold: bool, rate: float, key: int) -> Tensor | None:
-        """What the draw `key` keeps, ``[pools, groups]`` bool, by the compiled loops; None where they do not serve.
+        """What the draw `key` keeps of the tensor, packed, by the compiled loops; None where they do not serve.
 
         Raises:
             TdError: a weight is not finite.
@@ -109,10 +110,14 @@ class Ranking:
         if rows is None:
             return None
         if self._cut is not None and self._valid(level, seed, hold):
-            return kernels.keep(rows, self._cut, rate, key)
-        found, kept = self._finite(kernels.sample(rows, level, self._cut, rate, key))
-        self._keep(found, level, seed)
-        return kept
+            kept = kernels.keep(rows, self._cut, rate, key)
+        else:
+            found, kept = self._finite(kernels.sample(rows, level, self._cut, rate, key))
+            self._keep(found, level, seed)
+        (member,) = self._members
+        if rows.data_ptr() == member.parameter.data_ptr():
+            return kept  # pools lie in the tensor one after the other
+        return pack(self._recipe.granularity.to_mask(unpack(kept, rows.shape), member.slice, member.parameter.shape))
 
     def candidates(self, where: Cut, seed: int) -> Tensor:
         """``[pools, groups]`` bool, True = candidate; `where` is what `cut` has just returned."""

@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from td_plugin.bits import flags_of, pack
 from td_plugin.choices import Choice
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
+from td_plugin.mask import Mask
 from td_plugin.masks import draw, draw_key
 from td_plugin.members import Member, holders_of, members_of
-from td_plugin.parametrization import Mask, attach
+from td_plugin.parametrization import attach
 from td_plugin.ranking import Ranking
 from td_plugin.report import SparsityRow
 from td_plugin.units import Slice
@@ -104,26 +106,27 @@ class Target:
         self._shipped.expire()
 
     def keep_mask(self, mask: Mask) -> Tensor:
-        """The deterministic keep-mask of one member, bool, broadcastable to it."""
+        """The deterministic keep-mask of one member, as `masking.select` takes it."""
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
             return self._keeps(self._shipped, self.shipped_level, False, 1.0, 0)[self.masks.index(mask)]
 
     def _keeps(self, ranking: Ranking, level: float, hold: bool, rate: float, key: int) -> list[Tensor]:
-        """Every member's keep-mask when the draw `key` drops candidates at `rate`, bool, broadcastable to it."""
-        to_mask, places = self.recipe.granularity.to_mask, [(m.slice, m.parameter.shape) for m in self.members]
-        seed = self.switches.seed
+        """Every member's keep-mask when the draw `key` drops candidates at `rate`, as `masking.select` takes it."""
+        seed, kinds = self.switches.seed, self.recipe.granularity.kinds
         kept = ranking.sample(level, seed, hold, rate, key)
         if kept is not None:
-            return [to_mask(kept, *place).contiguous() for place in places]
+            return [kept]
         dropped = ranking.candidates(ranking.cut(level, seed, hold), seed)
         if rate < 1:
             dropped = dropped & draw(dropped.shape, rate, key, dropped.device)
-        return [~to_mask(dropped, *place) for place in places]
+        keeps = [~self.recipe.granularity.to_mask(dropped, m.slice, m.parameter.shape) for m in self.members]
+        return keeps if kinds else [pack(keep) for keep in keeps]
 
     def keep_masks(self) -> dict[str, Tensor]:
         """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""
         return {
-            m.fqn: self.keep_mask(k).expand(m.parameter.shape) for m, k in zip(self.members, self.masks, strict=True)
+            m.fqn: flags_of(self.keep_mask(k), m.parameter.shape).expand(m.parameter.shape)
+            for m, k in zip(self.members, self.masks, strict=True)
         }
 
     def forget(self) -> None:
@@ -149,8 +152,8 @@ class Target:
         for member, mask, keep in zip(self.members, self.masks, keeps, strict=True):
             mask.keep = keep
             if not by_group:
-                key = draw_key(seed, step, micro_step, member.fqn)
-                mask.keep = keep | ~draw(member.parameter.shape, rate, key, keep.device)
+                key, shape = draw_key(seed, step, micro_step, member.fqn), member.parameter.shape
+                mask.keep = pack(flags_of(keep, shape) | ~draw(shape, rate, key, keep.device))
 
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
@@ -158,7 +161,7 @@ class Target:
         pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
         keeps = self._keeps(self._shipped, level, False, 1.0, 0)
         zeros = sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
-        groups, dropped = keeps[0].numel(), zeros  # of single weights; a flag for each is not made twice
+        groups, dropped = pairs[0][0].numel(), zeros  # of single weights; a flag for each is not made twice
         if self.recipe.granularity.kinds:
             candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
             groups, dropped = candidates.numel(), int(candidates.sum())
@@ -182,7 +185,7 @@ def _owned(member: Member) -> int:
 
 
 def _zeros(keep: Tensor, parameter: Tensor) -> int:
-    # A mask of one entry per unit stands for equally many scalars each.
+    keep = flags_of(keep, parameter.shape)  # one entry per unit stands for equally many scalars each
     return (keep.numel() - int(keep.count_nonzero())) * parameter.numel() // keep.numel()
 
 

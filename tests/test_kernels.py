@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import td_plugin as td
 from td_plugin import kernels, openmp
+from td_plugin.bits import pack, unpack
 from td_plugin.masking import select
 from td_plugin.masks import bottom_k, cut, draw
 from td_plugin.parametrization import masks_of
@@ -69,22 +70,22 @@ def test_the_cut_is_that_of_plain_torch_whatever_the_search_starts_from(
 def test_a_draw_is_that_of_plain_torch(rows: Tensor, fraction: float, rate: float, key: int) -> None:
     expected = ~(bottom_k(rows.abs(), fraction) & draw(rows.shape, rate, key, rows.device))
     found = kernels.sample(rows, fraction, None, rate, key)
-    assert found is not None and torch.equal(found[1], expected)
-    assert torch.equal(kernels.keep(rows, found[0], rate, key), expected)
-    assert torch.equal(kernels.select(rows, expected), torch.where(expected, rows, 0.0))
+    assert found is not None and torch.equal(found[1], pack(expected))
+    assert torch.equal(kernels.keep(rows, found[0], rate, key), pack(expected))
+    assert torch.equal(kernels.select(rows, pack(expected)), torch.where(expected, rows, 0.0))
 
 
 def test_rows_longer_than_a_block_of_flips() -> None:
     rows = torch.randn(3, 10007)
     found = kernels.sample(rows, 0.6, None, 0.4, 77)
     expected = ~(bottom_k(rows.abs(), 0.6) & draw(rows.shape, 0.4, 77, rows.device))
-    assert found is not None and torch.equal(found[1], expected)
+    assert found is not None and torch.equal(found[1], pack(expected))
 
 
 def test_ties_across_blocks_of_flips_go_by_index() -> None:
     rows = torch.ones(2, 9001)
     found = kernels.sample(rows, 0.7, None, 1.0, 5)
-    assert found is not None and torch.equal(found[1], torch.arange(9001).expand(2, -1) >= 6300)
+    assert found is not None and torch.equal(unpack(found[1], rows.shape), torch.arange(9001).expand(2, -1) >= 6300)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +106,7 @@ def test_gradients_of_first_and_second_order_are_those_of_where() -> None:
         (first,) = torch.autograd.grad((masked**3 * direction).sum(), dense, create_graph=True)
         return first, torch.autograd.grad(first.square().sum(), dense)[0]
 
-    found = derivatives(select(keep, dense))
+    found = derivatives(select(pack(keep), dense))
     for got, expected in zip(found, derivatives(torch.where(keep, dense, 0.0)), strict=True):
         assert torch.equal(got, expected)
 
@@ -113,9 +114,9 @@ def test_gradients_of_first_and_second_order_are_those_of_where() -> None:
 def test_functional_transforms_and_tracing_take_the_way_of_plain_torch() -> None:
     dense, keep = torch.randn(5, 7), torch.rand(5, 7) < 0.5
     expected = torch.where(keep, dense, 0.0)
-    grads = torch.func.vmap(torch.func.grad(lambda w: select(keep, w).square().sum()))(dense.expand(3, 5, 7))
+    grads = torch.func.vmap(torch.func.grad(lambda w: select(pack(keep), w).square().sum()))(dense.expand(3, 5, 7))
     assert torch.allclose(grads, 2 * expected.expand(3, 5, 7))
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda w: select(keep, w))(dense)  # type: ignore[attr-defined]
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda w: select(pack(keep), w))(dense)  # type: ignore[attr-defined]
     assert torch.equal(traced(dense * 2), expected * 2)
 
 

@@ -53,7 +53,7 @@ def test_ratios_and_parts_follow_from_the_seconds(found: dict[str, Any]) -> None
     for row in found["rows"]:
         calls, finding = row["calls"], row["selection"]
         assert set(calls) == set(CALLS) and min(call["seconds"] for call in calls.values()) > 0
-        assert row["held_bytes_per_weight"] == 1
+        assert row["held_bytes_per_weight"] == 1 / 8
         later = max(calls["step"]["seconds"] - calls["redraw"]["seconds"], 0)
         assert finding["step"] == pytest.approx(later / row["weights"])
         for copy in ("copy", "copy_at_hand"):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import td_plugin as td
 from td_plugin.attachment import attached_sparsifier
+from td_plugin.bits import flags_of
 from td_plugin.parametrization import bake, masked_tensors, masks_of
 
 WEIGHT, UNIT = td.recipes.targeted_weight(0.5), td.recipes.targeted_unit(0.5)
@@ -894,7 +895,8 @@ def test_between_refreshes_the_thresholds_stay_and_the_draws_do_not() -> None:
     bounds, draws = [], []
     for _ in range(7):
         sparsifier.step()
-        dropped = ~mask.keep if mask.keep is not None else torch.zeros(1).bool()
+        assert mask.keep is not None
+        dropped = ~flags_of(mask.keep, weight.shape)
         magnitudes = weight.detach().abs()
         bounds.append(sparsifier._targets[0]._sampled._cut)
         assert bounds[-1] is not None and bool(

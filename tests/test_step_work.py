@@ -21,13 +21,13 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.weights: Counter[str] = Counter()
-        run = kernels._Job.run
+        run = kernels.run
 
-        def counted(job: kernels._Job, kind: str, values: Tensor) -> bool:
+        def counted(kind: str, values: Tensor, job: kernels.Job) -> bool:
             self.weights[kind] += values.numel()
-            return run(job, kind, values)  # type: ignore[arg-type]
+            return run(kind, values, job)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(kernels._Job, "run", counted)
+        monkeypatch.setattr(kernels, "run", counted)
 
     def take(self) -> dict[str, int]:
         found = dict(self.weights)
@@ -58,15 +58,16 @@ def operators(work: object) -> Counter[str]:
     return Counter({event.key: event.count for event in found.key_averages() if event.key.startswith("aten::")})
 
 
-def test_a_step_reads_every_weight_once_to_rank_and_draw_once_forward_and_once_backward(passes: Passes) -> None:
+def test_a_step_ranks_and_draws_in_one_pass_and_masks_in_one_forward_and_two_backward(passes: Passes) -> None:
     model, sparsifier, weights = prepared(td.recipes.targeted_weight(0.66))
+    again = dict(model.named_parameters())["2.weight"].numel()  # for the gradient of its input; the first has none
     for _ in range(3):
         sparsifier.step()
         assert passes.take() == {"SAMPLE": weights}
         loss = model(torch.randn(4, 256)).sum()
         assert passes.take() == {"SELECT": weights}
         loss.backward()
-        assert passes.take() == {"SELECT": weights}
+        assert passes.take() == {"SELECT": weights + again}
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1e-3 * torch.randn_like(parameter))
@@ -127,10 +128,11 @@ def test_operators_grow_with_the_tensors_and_not_with_the_weights() -> None:
         sparsifier.prepare(model)
         sparsifier.step()
         counts.append(sum(operators(sparsifier.step).values()))
-    assert counts[0] == counts[1] <= 2 * 60
+    assert abs(counts[1] - counts[0]) <= 2 * 2  # one number is filled by other operators than two
+    assert max(counts) <= 2 * 32
 
 
-def test_a_step_keeps_one_byte_per_weight_and_a_few_per_row() -> None:
+def test_a_step_keeps_one_bit_per_weight_and_a_few_bytes_per_row() -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
     sparsifier = td.TargetedDropout(td.recipes.targeted_weight(0.66), 0.5)
     sparsifier.prepare(model)
@@ -138,8 +140,8 @@ def test_a_step_keeps_one_byte_per_weight_and_a_few_per_row() -> None:
         sparsifier.step()
     held = sum(event.self_cpu_memory_usage for event in found.events())
     targeted, rows = 2 * 256 * 256, 2 * 256
-    assert targeted <= held <= targeted + 16 * rows + 1024
-    assert masked_bytes(model) == targeted
+    assert targeted // 8 <= held <= targeted // 8 + 16 * rows + 1024
+    assert masked_bytes(model) == targeted // 8
 
 
 def test_a_step_of_units_keeps_a_flag_per_unit() -> None:

@@ -1,0 +1,106 @@
+"""The mask of one tensor: what a layer computes with, in training and in evaluation."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from td_plugin.masking import select
+from td_plugin.remaking import note
+
+
+class MaskSource(Protocol):
+    """Where a mask comes from: the target that ranks the groups of one or several tensors together."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether masks are switched off, in training and in evaluation."""
+        ...
+
+    @property
+    def dense_eval(self) -> bool:
+        """Whether evaluation runs the dense model."""
+        ...
+
+    def settle(self) -> int:
+        """Bring the deterministic candidates up to date with the weights; a number that changes when they do."""
+        ...
+
+    def expire(self) -> None:
+        """Forget that the candidates are up to date: weights may change from here on."""
+        ...
+
+    def keep_mask(self, mask: Mask) -> Tensor:
+        """The deterministic keep-mask of one tensor, as `masking.select` takes it."""
+        ...
+
+
+class Mask:
+    """The mask of one tensor.
+
+    Attributes:
+        source: the target it belongs to.
+        fqn: fully qualified name of the tensor.
+        keep: what this training step keeps, as `masking.select` takes it; None before the first draw. It is
+            replaced, never edited: the graph of an earlier forward still holds the old one.
+    """
+
+    def __init__(self, source: MaskSource, fqn: str) -> None:
+        self.source, self.fqn = source, fqn
+        self.keep: Tensor | None = None
+        self._eval_keep: Tensor | None = None
+        self._cached: Tensor | None = None
+        self._cache_key: tuple[object, ...] = ()
+
+    def keep_of(self, dense: Tensor, training: bool) -> Tensor | None:
+        """What the layer keeps of `dense` now; None if all of it."""
+        if self.source.dense or (not training and self.source.dense_eval):
+            return None
+        if training:
+            return self.keep
+        if torch.compiler.is_compiling():  # settled by `train(False)`, outside the graph
+            return self._eval_keep
+        return self._settled(dense)
+
+    def apply(self, dense: Tensor, training: bool) -> Tensor:
+        """The value the layer computes with, ``[*w]``; the gradient of a dropped entry is zero."""
+        keep = self.keep_of(dense, training)
+        if keep is None:
+            return dense
+        if torch.compiler.is_compiling():
+            return select(keep, dense)
+        if training or torch.is_grad_enabled():
+            value = select(keep, dense)
+            note(value, dense, keep, self.fqn)
+            return value
+        if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
+            self._cached = select(keep, dense)  # materialised once, so `generate` pays nothing per token
+        return self._cached
+
+    def _settled(self, dense: Tensor) -> Tensor:
+        key = (self.source.settle(), dense.data_ptr(), dense.dtype, dense.device)
+        if key != self._cache_key or self._eval_keep is None:
+            self._eval_keep, self._cache_key, self._cached = self.source.keep_mask(self), key, None
+        return self._eval_keep
+
+    def apply_after(self, value: Tensor, training: bool) -> Tensor:
+        """`apply` to what another mask of the same tensor gave; nothing is remembered of it."""
+        if self.source.dense or (not training and self.source.dense_eval) or training:
+            return self.apply(value, training)
+        if torch.compiler.is_compiling():
+            return self.apply(value, training)
+        self.source.settle()
+        return select(self.source.keep_mask(self), value)
+
+    def train(self) -> None:
+        """Enter training: the weights will change, so nothing derived from them may be reused."""
+        self.source.expire()
+        self._eval_keep, self._cached, self._cache_key = None, None, ()
+
+    def evaluate(self, dense: Tensor) -> None:
+        """Enter evaluation: settle the mask now; a compiled forward needs it ready."""
+        if not (self.source.dense or self.source.dense_eval or dense.is_meta):
+            self.train()
+            self._settled(dense)

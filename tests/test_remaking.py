@@ -1,0 +1,162 @@
+"""Masked weights that are made again for the backward: the same gradients, and no copy of the model in the graph."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import td_plugin as td
+from td_plugin import kernels, mask, masking, remaking
+from td_plugin.bits import flags_of
+from td_plugin.parametrization import masks_of
+
+RECIPES = [td.recipes.targeted_weight(0.66), td.recipes.targeted_unit(0.66)]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 5))
+
+
+def prepared(recipe: td.Recipe) -> tuple[nn.Module, td.TargetedDropout]:
+    model, sparsifier = net(), td.TargetedDropout(recipe, 0.5)
+    sparsifier.prepare(model)
+    sparsifier.step()
+    return model, sparsifier
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
+    """Every masked weight that a forward or a backward has made."""
+    found: list[weakref.ref[Tensor]] = []
+    select = masking.select
+
+    def watched(keep: Tensor, dense: Tensor) -> Tensor:
+        value = select(keep, dense)
+        found.append(weakref.ref(value))
+        return value
+
+    for module in (mask, remaking):
+        monkeypatch.setattr(module, "select", watched)
+    return found
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["compiled loops", "plain torch"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_gradients_are_those_of_a_model_whose_weights_were_multiplied(recipe: td.Recipe, plain: bool) -> None:
+    with kernels.disabled() if plain else nullcontext():
+        model, _ = prepared(recipe)
+        masks = {found.fqn: found.keep for _, _, found in masks_of(model)}
+        x = torch.randn(4, 3, 4, 4)
+        found = gradients(model, model(x).square().sum())
+    twin = net()
+
+    def masked(name: str, parameter: Tensor) -> Tensor:
+        keep = masks.get(name)
+        return parameter if keep is None else parameter * flags_of(keep, parameter.shape)
+
+    weights = {name: masked(name, parameter) for name, parameter in twin.named_parameters()}
+    expected = gradients(twin, torch.func.functional_call(twin, weights, (x,)).square().sum())
+    assert masks and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_the_graph_holds_no_masked_weight(recipe: td.Recipe, made: list[weakref.ref[Tensor]]) -> None:
+    model, _ = prepared(recipe)
+    loss = model(torch.randn(4, 3, 4, 4)).sum()
+    gc.collect()
+    assert len(made) >= 2 and not any(value() is not None for value in made)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_graph_may_be_used_twice_and_differentiated_again() -> None:
+    model, _ = prepared(RECIPES[0])
+    x = torch.randn(4, 3, 4, 4)
+    loss = model(x).square().sum()
+    first = gradients_of_gradients(model, loss)
+    with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):  # others decide: copies are saved
+        expected = gradients_of_gradients(model, model(x).square().sum())
+    assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
+
+
+def gradients_of_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    parameters = list(model.parameters())
+    torch.autograd.grad(loss, parameters, retain_graph=True)
+    first = torch.autograd.grad(loss, parameters, create_graph=True)
+    total = torch.stack([g.square().sum() for g in first]).sum()
+    return [g for g in torch.autograd.grad(total, parameters, allow_unused=True) if g is not None]
+
+
+def test_a_weight_changed_before_the_backward_is_an_error_as_it_is_without_masks() -> None:
+    model, _ = prepared(RECIPES[0])
+    loss = model(torch.randn(4, 3, 4, 4)).sum()
+    with torch.no_grad():
+        dict(model.named_parameters())["3.weight"].mul_(2)
+    with pytest.raises(td.TdError, match=r"(?s)changed between.*3\.weight.*after backward"):
+        loss.backward()
+
+
+def test_an_input_changed_before_the_backward_is_an_error_as_it_is_without_masks() -> None:
+    model, _ = prepared(RECIPES[0])
+    hidden = torch.randn(4, 32).requires_grad_() * 1
+    loss = model[3](hidden).sum()  # type: ignore[index]
+    hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def saving(model: nn.Module, x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return model(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: checkpoint(model, x, use_reentrant=False),
+        lambda model, x: checkpoint(model, x.requires_grad_(), use_reentrant=True),
+        saving,
+    ],
+    ids=["checkpoint", "reentrant checkpoint", "offload"],
+)
+def test_who_decides_how_tensors_are_saved_keeps_that(run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model, _ = prepared(RECIPES[0])
+    x = torch.randn(4, 3, 4, 4)
+    run(model, x.clone()).square().sum().backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    expected = gradients(model, model(x).square().sum())
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_peak_of_a_step_holds_one_masked_weight_at_a_time() -> None:
+    def peak(sparsifier: td.TargetedDropout | None, model: nn.Module) -> int:
+        if sparsifier is not None:
+            sparsifier.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+            model(torch.randn(2, 256)).sum().backward()
+        held, highest = 0, 0
+        for event in sorted(found.events(), key=lambda e: e.time_range.start):
+            held += event.self_cpu_memory_usage
+            highest = max(highest, held)
+        return highest
+
+    layers, width = 12, 256
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    plain = peak(None, model)
+    sparsifier = td.TargetedDropout(td.recipes.targeted_weight(0.66), 0.5)
+    sparsifier.prepare(model)
+    copies = (peak(sparsifier, model) - plain) / (4 * width * width)
+    assert copies <= 3  # of the layer at work; all of them would be eleven
