@@ -115,6 +115,8 @@ def train(setting: Setting, names: list[str], args: argparse.Namespace) -> dict[
             seconds[name] += values
             faults[name] += given_back[name]
         builds.append({name: compared(values, new["none"])["median"] for name, values in new.items()})
+        shown = (f"{name} {100 * value:+.1f} %" for name, value in builds[-1].items() if name != "none")
+        print(f"build {number + 1}: {', '.join(shown)}", file=sys.stderr)  # what there is if the rest is cut off
         rows = {name: memory(variants[name]) for name in variants if ROWS[name].ours}
         if setting.device == "cpu" and not setting.compiled:  # elsewhere a call returns before its work is done
             for name in set(rows) & {"weights", "weights-every-10"}:
