@@ -31,6 +31,12 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return flags.to(torch.bool).flatten()[: torch.Size(shape).numel()].view(*shape)
 
 
+def ones(bits: Tensor) -> int:
+    """How many flags are set."""
+    histogram = torch.bincount(bits, minlength=256)
+    return int((histogram * torch.tensor([byte.bit_count() for byte in range(256)], device=bits.device)).sum())
+
+
 def flags_of(keep: Tensor, shape: Sequence[int]) -> Tensor:
     """A mask of a tensor of `shape`, packed or not, as bool, broadcastable to it."""
     return unpack(keep, shape) if keep.dtype == torch.uint8 else keep

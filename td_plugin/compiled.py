@@ -220,3 +220,15 @@ def select(values: Any, bits: Any, out: Any) -> None:
             out[8 * i + j] = values[8 * i + j] & -((eight >> j) & 1)
     for i in range(8 * whole, values.shape[0]):
         out[i] = values[i] & -((np.int32(bits[whole]) >> (i - 8 * whole)) & 1)
+
+
+@compiled
+def zero(values: Any, bits: Any) -> None:
+    """`select` in place. With one array for both, a compiler that cannot rule out overlaps does it one by one."""
+    whole = values.shape[0] // 8
+    for i in range(whole):
+        eight = np.int32(bits[i])
+        for j in range(8):
+            values[8 * i + j] &= -((eight >> j) & 1)
+    for i in range(8 * whole, values.shape[0]):
+        values[i] &= -((np.int32(bits[whole]) >> (i - 8 * whole)) & 1)

@@ -12,9 +12,9 @@ import numba
 import numpy as np
 
 from td_plugin import openmp
-from td_plugin.compiled import compiled, cut, keep, sample, select, together_of
+from td_plugin.compiled import compiled, cut, keep, sample, select, together_of, zero
 
-SELECT, CUT, KEEP, SAMPLE = range(4)
+SELECT, ZERO, CUT, KEEP, SAMPLE = range(5)
 """The kinds of jobs."""
 FIELDS = 14
 """A job is so many int64: its kind, shape, numbers and the addresses of its arrays, in this order."""
@@ -44,14 +44,18 @@ _threads = numba.types.ExternalFunction(openmp.THREADS, numba.types.int32())
 
 @compiled
 def _work(job: Any, like: Any) -> None:
-    """The share of `job` that falls to this thread: some of the pools, or of the values of `SELECT`."""
+    """The share of `job` that falls to this thread: some of the pools; of `SELECT` and `ZERO`, of the values."""
     pools, groups, thread, threads = job[_POOLS], job[_GROUPS], np.int64(_thread()), np.int64(_threads())
     size = pools * groups
     bits = _array(job[_BITS], (size + 7) // 8, np.uint8(0))
-    if job[_KIND] == SELECT:
+    if job[_KIND] <= ZERO:
         a, b = size // 8 * thread // threads * 8, size // 8 * (thread + 1) // threads * 8
         b = size if thread == threads - 1 else b
-        select(_array(job[_VALUES], size, like)[a:b], bits[a // 8 :], _array(job[_OUT], size, like)[a:b])
+        values = _array(job[_VALUES], size, like)[a:b]
+        if job[_KIND] == SELECT:
+            select(values, bits[a // 8 :], _array(job[_OUT], size, like)[a:b])
+        else:
+            zero(values, bits[a // 8 :])
         return
     together = together_of(groups)  # no byte of flags belongs to two threads
     a, b = pools // together * thread // threads * together, pools // together * (thread + 1) // threads * together

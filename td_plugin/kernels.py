@@ -87,7 +87,7 @@ class Job(NamedTuple):
     below: int = 0
 
 
-def run(kind: Literal["SELECT", "CUT", "KEEP", "SAMPLE"], values: Tensor, job: Job) -> bool:
+def run(kind: Literal["SELECT", "ZERO", "CUT", "KEEP", "SAMPLE"], values: Tensor, job: Job) -> bool:
     """Do it on torch's threads; False if a value that was ranked is not finite.
 
     It runs several times per tensor and step, so what it costs beside the loop (10 µs) is kept small.
@@ -177,3 +177,8 @@ def select(values: Tensor, kept: Tensor) -> Tensor:
     out = torch.empty_like(values)
     run("SELECT", values, Job(kept, out))
     return out
+
+
+def zero_(values: Tensor, kept: Tensor) -> None:
+    """`select` in place."""
+    run("ZERO", values, Job(kept))

@@ -47,6 +47,7 @@ def zero_(dense: Tensor, keep: Tensor) -> None:
     """Write 0 into `dense` where not `keep`, in place; both as for `select`."""
     keep = keep.to(dense.device)
     if keep.dtype == torch.uint8 and kernels.serves(dense):
-        dense.copy_(kernels.select(dense, keep))  # a tenth of what masked_fill_ takes
+        kernels.zero_(dense, keep)
+        torch.autograd.graph.increment_version(dense)
     else:
         dense.masked_fill_(~flags_of(keep, dense.shape), 0)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from td_plugin.bits import flags_of, pack
+from td_plugin.bits import flags_of, ones, pack
 from td_plugin.choices import Choice
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
@@ -185,7 +185,9 @@ def _owned(member: Member) -> int:
 
 
 def _zeros(keep: Tensor, parameter: Tensor) -> int:
-    keep = flags_of(keep, parameter.shape)  # one entry per unit stands for equally many scalars each
+    if keep.dtype == torch.uint8:
+        return parameter.numel() - ones(keep)
+    # A mask of one entry per unit stands for equally many scalars each.
     return (keep.numel() - int(keep.count_nonzero())) * parameter.numel() // keep.numel()
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from td_plugin.bits import flags_of, pack, size, unpack
+from td_plugin.bits import flags_of, ones, pack, size, unpack
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 2**32))
@@ -16,7 +16,7 @@ def test_they_are_the_bits_of_numpy_and_come_back(shape: list[int], seed: int) -
     flags = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack(flags)
     assert np.array_equal(packed.numpy(), np.packbits(flags.numpy(), bitorder="little"))
-    assert packed.numel() == size(flags.numel())
+    assert packed.numel() == size(flags.numel()) and ones(packed) == int(flags.sum())
     assert torch.equal(unpack(packed, shape), flags)
 
 

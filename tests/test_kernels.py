@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import td_plugin as td
 from td_plugin import kernels, openmp
 from td_plugin.bits import pack, unpack
-from td_plugin.masking import select
+from td_plugin.masking import select, zero_
 from td_plugin.masks import bottom_k, cut, draw
 from td_plugin.parametrization import masks_of
 
@@ -72,7 +72,10 @@ def test_a_draw_is_that_of_plain_torch(rows: Tensor, fraction: float, rate: floa
     found = kernels.sample(rows, fraction, None, rate, key)
     assert found is not None and torch.equal(found[1], pack(expected))
     assert torch.equal(kernels.keep(rows, found[0], rate, key), pack(expected))
-    assert torch.equal(kernels.select(rows, pack(expected)), torch.where(expected, rows, 0.0))
+    masked = torch.where(expected, rows, 0.0)
+    assert torch.equal(kernels.select(rows, pack(expected)), masked)
+    zero_(rows, pack(expected))
+    assert torch.equal(rows, masked)
 
 
 def test_rows_longer_than_a_block_of_flips() -> None:
