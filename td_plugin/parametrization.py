@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from td_plugin import masked_linear
 from td_plugin.errors import TdError
 from td_plugin.mask import Mask
 from td_plugin.masked_view import masked_view
@@ -73,12 +74,18 @@ def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
 def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base` that reads `names` through their masks."""
+    is_linear = base.forward is nn.Linear.forward and names == ("weight",)
 
     @wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         masks: _ModuleMasks = self.__dict__[_STATE]
+        if is_linear and len(args) == 1 and len(masks.by_name["weight"]) == 1:
+            dense = self._parameters.get("weight")
+            keep = None if dense is None else masks.by_name["weight"][0].keep_of(dense, self.training)
+            if dense is not None and keep is not None and masked_linear.serves(args[0], dense, keep):
+                return masked_linear.masked_linear(args[0], dense, keep, self.bias)  # type: ignore[arg-type]
         masks.inside_forward += 1
         try:
             with Remaking():

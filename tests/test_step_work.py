@@ -67,7 +67,7 @@ def test_a_step_ranks_and_draws_in_one_pass_and_masks_in_one_forward_and_two_bac
         loss = model(torch.randn(4, 256)).sum()
         assert passes.take() == {"SELECT": weights}
         loss.backward()
-        assert passes.take() == {"SELECT": weights + again}
+        assert passes.take() == {"SELECT": again, "ZERO": weights}
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1e-3 * torch.randn_like(parameter))
