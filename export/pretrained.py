@@ -8,16 +8,24 @@ module.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from td_plugin.errors import TdError
+from td_plugin.export.companions import check_parent, check_processor, write_licence, write_processor
+from td_plugin.export.model_card import write_named_card
 from td_plugin.export.module_checkpoint import RECORD, load_module, save_module
+from td_plugin.export.origin import CARD, origin_of, parent_origin
 from td_plugin.export.stock_checkpoint import CONFIG, DeviceMap, load_stock, save_stock, stock_class
 from td_plugin.files import staged_directory
 from td_plugin.parametrization import masked_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def save_pretrained(
@@ -26,6 +34,8 @@ def save_pretrained(
     *,
     auto_map: bool = False,
     max_shard_size: int | str | None = None,
+    processor: Any = None,
+    parent: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write `model` so that `load_pretrained` restores it bit for bit; on an error nothing of `directory` changes.
 
@@ -35,6 +45,9 @@ def save_pretrained(
         auto_map: also write code with which ``AutoModel...from_pretrained(directory, trust_remote_code=True)`` loads
             the checkpoint where td_plugin is not installed. Nothing is written where stock transformers loads it.
         max_shard_size: the largest weight file, in bytes or such as ``"2GB"``; None is transformers' default.
+        processor: tokenizer, image processor or the like, saved beside the model.
+        parent: directory of the checkpoint that the model comes from: its licence, and its processor where none is
+            given, are copied, and a model card passes on what its card says of licence and data.
 
     Raises:
         TdError: `model` carries masks, is no smaller form of its class, or `directory` cannot be written or holds a
@@ -46,18 +59,35 @@ def save_pretrained(
     other = path / (RECORD if cls else CONFIG)
     if other.exists():
         raise TdError("a checkpoint of another kind is there", where=str(other), fix="choose a new directory")
-    if cls is None and (auto_map or max_shard_size is not None):
-        fix = "leave out auto_map and max_shard_size"
+    complete = processor is not None or parent is not None
+    if cls is None and (auto_map or max_shard_size is not None or complete):
+        fix = "leave out auto_map, max_shard_size, processor and parent"
         raise TdError("an option of transformers checkpoints", where=type(model).__name__, fix=fix)
+    home = None if parent is None else Path(parent)
+    if complete:
+        check_processor(processor)
+        check_parent(home)
     with staged_directory(path) as stage:
         if cls is None:
             save_module(model, stage)
         else:
             save_stock(cls, model, stage, auto_map, max_shard_size)
+        if complete:
+            _complete(cast("PreTrainedModel", model), path, stage, processor, home)
         written = {file.name for file in stage.iterdir()}
     for stale in [*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")]:
         if stale.name not in written:  # else transformers would load the weights of the earlier save
             stale.unlink()
+
+
+def _complete(model: PreTrainedModel, path: Path, stage: Path, processor: Any, home: Path | None) -> None:
+    """Write all but the model itself; the text of a model card that is there stays."""
+    write_processor(stage, processor, home)
+    write_licence(stage, home)
+    if (path / CARD).is_file():
+        shutil.copyfile(path / CARD, stage / CARD)
+    known = parent_origin(home, model.config.name_or_path or "").over(origin_of(stage))
+    write_named_card(stage, path.resolve().name, known)
 
 
 def load_pretrained(

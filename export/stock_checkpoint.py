@@ -54,7 +54,7 @@ def save_stock(
 ) -> None:
     """Write `module`, which is a `cls`, into the folder `stage`; options as in `save_pretrained`."""
     model = cast("PreTrainedModel", module)
-    config = _pruned_config(cls, model)
+    config = pruned_config(cls, model)
     if auto_map and _KEY in config.__dict__:
         config.auto_map = remote_code.auto_map(cls, config)
     if max_shard_size is None:
@@ -68,7 +68,7 @@ def save_stock(
         remote_code.write_code(cls, _KEY, stage)
 
 
-def _pruned_config(cls: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedConfig:
+def pruned_config(cls: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedConfig:
     """A copy of the model's configuration that states the sizes the model has, and what it cannot in a record."""
     config: PreTrainedConfig = copy.deepcopy(model.config)
     config.__dict__.pop(_KEY, None)
