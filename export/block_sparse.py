@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from td_plugin.errors import TdError
+from td_plugin.errors import TdError, first_line
 from td_plugin.export.block_graph import OPSET, Site, find_sites, input_rows, opset_of, replace
 from td_plugin.export.block_layout import Layout, find_layouts
 from td_plugin.export.block_report import NO_BLOCKS, BlockRow
@@ -27,6 +27,7 @@ from td_plugin.export.probes import Batch
 from td_plugin.export.progress import bar
 from td_plugin.export.session import fit_inputs, open_session
 from td_plugin.export.source_graph import SourceGraph, file_bytes, finish, open_source
+from td_plugin.export.verify import shape_of
 
 KEY = "td-plugin.block_sparse"
 """Metadata entry: JSON of weight -> how it was rewritten."""
@@ -133,7 +134,11 @@ def _rows_of_inputs(origin: SourceGraph, example_inputs: Batch | Sequence[Batch]
     with tempfile.TemporaryDirectory(prefix="td_plugin.") as folder:
         named = Path(folder) / "named.onnx"  # the nodes of another exporter's file may have no names to go by
         save_graph(origin.load(), named)
-        return input_rows(named, {name: value.numpy() for name, value in fitted.items()})
+        try:
+            return input_rows(named, {name: value.numpy() for name, value in fitted.items()})
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            got = f"{shape_of(fitted)}: {first_line(error)}"
+            raise TdError("onnxruntime cannot run the graph", where=str(origin.path), got=got) from error
 
 
 def _matrices(graph: Any, origin: SourceGraph, block: Blocks | None, inputs: Mapping[str, int]) -> list[_Matrix]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from td_plugin.errors import TdError, first_line
 from td_plugin.export.decoding import PAST, PRESENT
-from td_plugin.export.external_data import save_program, staged_graph
+from td_plugin.export.external_data import LIMIT, save_program, staged_graph
+from td_plugin.export.provenance import check_exportable, provenance
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
-from td_plugin.export.to_onnx import _check_exportable, _provenance
 from td_plugin.export.verify_decoding import verify_decoding
 from td_plugin.parametrization import bake
 
@@ -35,6 +35,7 @@ def to_cached_onnx(
     opset: int = 20,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
+    limit: int = LIMIT,
 ) -> Path:
     """Write a decoder as one ONNX file for both the prompt and the tokens after it.
 
@@ -50,6 +51,7 @@ def to_cached_onnx(
         opset: of the ONNX standard operators.
         tolerance: of the logits; see `verify_decoding`.
         metadata: written into the file, as `to_onnx` does.
+        limit: bytes of weights beyond which they are put in a file beside the graph, ``<name>.data``.
 
     Raises:
         TdError: the model does not generate, has another cache than keys and values, cannot be exported, or the file
@@ -61,22 +63,22 @@ def to_cached_onnx(
     ready = copy.deepcopy(model).cpu()
     bake(ready)
     ready.train(False).requires_grad_(False)
-    _check_exportable(ready)
-    properties = _provenance(ready, metadata or {})
-    vocabulary = ready.config.get_text_config().vocab_size
-    prompts = _prompts(vocabulary)
+    check_exportable(ready)
+    properties = provenance(ready, metadata or {})
+    prompts = example_prompts(ready)
     with staged_graph(path) as staged:
         graph = _export(ready, prompts, opset)
         _rename(graph, str(path))
         graph.metadata_props.update(properties)
-        save_program(graph, staged)
+        save_program(graph, staged, limit=limit)
         for given in (prompts, {name: value[1:, 2:] for name, value in prompts.items()}):
             verify_decoding(ready, staged, given, new_tokens=6, tolerance=tolerance)
     return Path(path)
 
 
-def _prompts(vocabulary: int) -> dict[str, Tensor]:
-    """Three rows, the first padded on the left."""
+def example_prompts(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Three rows of made-up tokens, the first padded on the left, for `verify_decoding`."""
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(min(10, vocabulary), (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

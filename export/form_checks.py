@@ -41,8 +41,9 @@ def comparison_batches(
     wanted = session.get_inputs()
     if isinstance(example_inputs, Sequence) or (example_inputs is None and seen):
         given = [dict(batch) for batch in (example_inputs if isinstance(example_inputs, Sequence) else seen)]
-    elif any(entry.name.startswith(PAST) for entry in wanted):
-        given = [_cached(wanted, *sizes) for sizes in _CACHED] if example_inputs is None else [dict(example_inputs)]
+    elif keeps_cache(wanted):
+        given = [{**cached_inputs(wanted, *sizes)} for sizes in _CACHED]
+        given += [dict(example_inputs)] if isinstance(example_inputs, Mapping) else []
     elif example_inputs is not None:
         given = make_parity_batches(example_inputs)
     else:
@@ -68,8 +69,20 @@ def _fitting(wanted: Sequence[Any], batches: list[dict[str, Any]], where: str) -
     return found
 
 
-def _cached(wanted: Sequence[Any], rows: int, held: int, new: int) -> dict[str, Tensor]:
-    """A prompt, or tokens after others, for a decoder with a cache; the first row of several is padded on the left."""
+def keeps_cache(wanted: Sequence[Any]) -> bool:
+    """Whether the inputs of a graph are those of a decoder with a cache, such as `to_cached_onnx` writes."""
+    return any(entry.name.startswith(PAST) for entry in wanted)
+
+
+def cached_inputs(wanted: Sequence[Any], rows: int, held: int, new: int) -> dict[str, Tensor]:
+    """A prompt, or tokens after others, for a decoder with a cache; of several rows all but the last are padded.
+
+    Args:
+        wanted: the inputs of the graph, as a session gives them.
+        rows: how many texts.
+        held: tokens in the cache.
+        new: tokens after them.
+    """
     generator = torch.Generator().manual_seed(held)
     mask = torch.ones(rows, held + new, dtype=torch.long)
     mask[: rows - 1, 0] = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from td_plugin.errors import TdError, first_line
 from td_plugin.export.engines import CPU, OPENVINO, Engine, Execute
+from td_plugin.export.external_data import check_external
 from td_plugin.export.session import fit_inputs, open_session, read_graph, require, stated_inputs
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Form:
         path: the file.
         provider: ``"cpu"``, ``"cuda"``, ``"tensorrt"`` or another execution provider of onnxruntime by its full name;
             ``"openvino"`` is the package of that name.
-        options: of the provider, as it calls them: ``{"trt_fp16_enable": "1"}``.
+        options: of the provider, as it calls them: ``{"trt_fp16_enable": "True"}``.
     """
 
     path: str | os.PathLike[str]
@@ -179,12 +180,15 @@ def make_runner(form: Form, examples: Sequence[Inputs], *, threads: int = 1, wor
     """Fit the inputs to the graph of a file, without opening it in its runtime.
 
     Raises:
-        TdError: the provider is not installed, the file is missing or damaged, or an input does not fit.
+        TdError: the provider is not installed, the file is missing or damaged, its weights are missing or outside its
+            directory, or an input does not fit.
     """
     where, provider = os.fspath(form.path), provider_name(form.provider)
     if not Path(where).is_file():
         raise TdError("there is no such ONNX file", where=where, fix="write it with to_onnx(model, path, inputs)")
-    stated = stated_inputs(read_graph(where))
+    graph = read_graph(where)
+    check_external(where, graph)  # before any runtime opens what the graph names
+    stated = stated_inputs(graph)
     inputs = tuple(
         fit_inputs(stated, example, where if len(examples) == 1 else f"{where}, example {index}")
         for index, example in enumerate(examples)

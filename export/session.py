@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,22 +79,48 @@ def open_session(
         options: of the provider, as it calls them.
 
     Raises:
-        TdError: the file is missing, truncated, corrupt or needs something this onnxruntime lacks.
+        TdError: the file is missing, truncated or corrupt, its weights are missing or outside its directory, or it
+            needs an operator set or something else that this onnxruntime lacks.
     """
     require("onnxruntime")
     if not Path(path).is_file():
         raise TdError("there is no such ONNX file", where=str(path), fix="write it with to_onnx(model, path, inputs)")
+    _check_beside(Path(path))
     try:
         return onnxruntime_session(Engine(str(path), threads, provider, options or {}))
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise TdError(
-            "onnxruntime cannot load the ONNX file",
-            where=str(path),
-            got=first_line(error),
-            fix="the file may be truncated or damaged: export it again"
-            if provider == CPU
-            else f"see whether it loads on the CPU; if so, {provider} lacks a library or its device",
-        ) from error
+        raise _not_loaded(path, provider, error) from error
+
+
+def _check_beside(path: Path) -> None:
+    """Nothing, if a graph keeps its weights in itself or in files beside it that are whole.
+
+    Raises:
+        TdError: as `external_data.check_external`.
+    """
+    if path.stat().st_size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"location") < 0:  # the key under which a graph names a file: spared the parsing
+                return
+    from td_plugin.export.external_data import check_external  # it reads graphs by what is below
+
+    try:
+        graph = read_graph(path)
+    except TdError:
+        return  # onnxruntime says more about what is wrong, and opens nothing else of a file that it cannot read
+    check_external(path, graph)
+
+
+def _not_loaded(path: str | os.PathLike[str], provider: str, error: Exception) -> TdError:
+    got = first_line(error)
+    if "opset" in got.lower():
+        stated = {entry.domain or "ai.onnx": entry.version for entry in read_graph(path).opset_import}
+        fix = "export it with opset=20, or update onnxruntime"
+        return TdError("this onnxruntime cannot run the operator set", where=str(path), got=stated, fix=fix)
+    fix = "the file may be truncated or damaged: export it again"
+    if provider != CPU:
+        fix = f"see whether it loads on the CPU; if so, {provider} lacks a library or its device"
+    return TdError("onnxruntime cannot load the ONNX file", where=str(path), got=got, fix=fix)
 
 
 def read_graph(path: str | os.PathLike[str]) -> Any:

@@ -101,7 +101,7 @@ def open_source(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         raise TdError("there is no such ONNX file", where=str(path), fix="write it with to_onnx(model, path, inputs)")
     graph = _parsed(where)
     beside = check_external(where, graph)
-    _open(where, graph)
+    open_session(where)
     if is_quantized(graph):
         raise TdError("the ONNX file is already quantized", where=str(path), fix="start from the fp32 file")
     if precision_of(graph) != "fp32":
@@ -120,17 +120,6 @@ def _parsed(path: Path) -> Any:
     if not graph.graph.node:  # nothing is a valid message
         open_session(path)
     return graph
-
-
-def _open(path: Path, graph: Any) -> None:
-    try:
-        open_session(path)
-    except TdError as error:
-        if "opset" not in str(error).lower():
-            raise
-        stated = {entry.domain or "ai.onnx": entry.version for entry in graph.opset_import}
-        fix = "export it with opset=20, or update onnxruntime"
-        raise TdError("this onnxruntime cannot run the operator set", where=str(path), got=stated, fix=fix) from error
 
 
 def as_target(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.metadata
 import inspect
-import json
 import os
 import re
 import sys
@@ -22,6 +20,7 @@ from td_plugin.errors import TdError
 from td_plugin.export.external_data import LIMIT, save_program, staged_graph
 from td_plugin.export.optimize import check_optimize, optimize_staged
 from td_plugin.export.probes import Batch, flags_of, make_probe_batches, sequence_axes, tensors_of, traced_example
+from td_plugin.export.provenance import check_exportable, provenance
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
 from td_plugin.export.verify import named_outputs, verify
@@ -54,7 +53,8 @@ def to_onnx(  # noqa: PLR0913 - all but the first three are options, by name onl
             tensor becomes a constant of the graph; a model with a cache is exported without (``use_cache=False``).
         opset: of the ONNX standard operators. From 23 on attention becomes one operator that other tools may not know.
         tolerance: see `verify`.
-        metadata: written into the file's ``metadata_props`` next to versions, class, parameters and sparsity.
+        metadata: written into the file's ``metadata_props`` next to versions, class, parameters, sparsity
+            and, of a shrunk model of transformers, layer widths before and after.
         optimize: ``"auto"``: the fastest form on this machine (`best_form`); or one of `forms.FORMS` (`derive`).
         limit: bytes of weights beyond which they are put in a file beside the graph, ``<name>.data``.
 
@@ -72,8 +72,8 @@ def to_onnx(  # noqa: PLR0913 - all but the first three are options, by name onl
     baked = bake(ready)
     ready.eval().requires_grad_(False)  # the trace of a recurrent layer's loop asks for gradients otherwise
     ready.forward = functools.partial(ready.forward, **flags_of(example))  # a graph has no flags among its inputs
-    _check_exportable(ready)
-    properties = _provenance(ready, metadata or {})
+    check_exportable(ready)
+    properties = provenance(ready, metadata or {})
     with staged_graph(path) as staged:
         graph = _export(ready, example, opset)
         _tidy(graph, example)
@@ -125,13 +125,6 @@ def _labels(model: nn.Module) -> list[str]:
     from transformers.utils.generic import find_labels
 
     return list(find_labels(type(model)))  # type: ignore[no-untyped-call]
-
-
-def _check_exportable(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            fix = "model.float(); for a smaller file then optimize='bf16' or 'fp16', or quantize(path, target)"
-            raise TdError("onnxruntime's CPU kernels do not cover this dtype", where=name, got=parameter.dtype, fix=fix)
 
 
 def _export(model: nn.Module, example: Batch, opset: int) -> Any:
@@ -219,30 +212,3 @@ def _name_axes(value: Any, names: Mapping[str, str]) -> None:
             for size in value.shape
         ]
     )
-
-
-def _provenance(model: nn.Module, metadata: Mapping[str, str]) -> dict[str, str]:
-    """What the file says about itself; the caller's entries come last."""
-    for key, text in metadata.items():
-        if not (isinstance(key, str) and isinstance(text, str)):
-            raise TdError("metadata maps strings to strings", where=str(key), got=type(text).__name__, fix="json.dumps")
-    zeros = {
-        name: round(1 - parameter.count_nonzero().item() / max(1, parameter.numel()), 4)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1
-    }
-    versions = {f"{name}.version": _version(name) for name in ("td-plugin", "torch", "transformers", "onnx")}
-    return {
-        **{name: version for name, version in versions.items() if version},
-        "td-plugin.model_class": type(model).__name__,
-        "td-plugin.parameters": str(sum(parameter.numel() for parameter in model.parameters())),
-        "td-plugin.sparsity": json.dumps({name: share for name, share in zeros.items() if share}),
-        **metadata,
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # optional, or td_plugin run from a bare checkout
-        return ""

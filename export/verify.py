@@ -63,10 +63,20 @@ def verify(
 
 
 def model_outputs(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
-    """What a torch model returns, by name, on the CPU; its mode and gradients are the caller's matter."""
+    """What a torch model returns, by name, on the CPU; its mode and gradients are the caller's matter.
+
+    Raises:
+        TdError: the model fails on these inputs.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return {name: value.detach().cpu() for name, value in named_outputs(model(**given)).items()}
+    try:
+        returned = model(**given)
+    except Exception as error:  # the model's own code: a token it does not know, a size it cannot take
+        shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
+        got = f"{type(error).__name__}: {first_line(error)}; inputs: {shapes}"
+        raise TdError("the model cannot run on these inputs", where=type(model).__name__, got=got) from error
+    return {name: value.detach().cpu() for name, value in named_outputs(returned).items()}
 
 
 def graph_outputs(session: Any, inputs: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from td_plugin.errors import TdError
-from td_plugin.export import load_pretrained, save_pretrained, to_onnx, verify
+from td_plugin.export import load_pretrained, save_pretrained, to_cached_onnx, to_onnx, verify
 from td_plugin.export.example_inputs import inputs_for_model
 from td_plugin.export.inspection import GraphInspection, inspect_graph
+from td_plugin.export.optimize import check_optimize
 from td_plugin.export.probes import longest_text, make_parity_batches
 from td_plugin.export.shrink import shrink
 from td_plugin.export.verify import ParityReport
@@ -88,14 +89,29 @@ def shrink_checkpoint(directory: Path, output: Path) -> ShrinkResult:
     return ShrinkResult(str(output), model.num_parameters(), small.num_parameters())
 
 
-def export_checkpoint(directory: Path, output: Path, opset: int = 20) -> GraphInspection:
+def export_checkpoint(
+    directory: Path, output: Path, opset: int = 20, *, optimize: str = "none", cache: bool = False
+) -> GraphInspection:
     """Write the checkpoint as ONNX, verified on random inputs.
+
+    Args:
+        directory: of the checkpoint.
+        output: the file to write.
+        opset: of the ONNX standard operators.
+        optimize: as `to_onnx` takes it.
+        cache: write a decoder with its keys and values, for generating token by token.
 
     Raises:
         TdError: the checkpoint cannot be read or exported, the file differs from the model or cannot be written.
     """
+    if cache and optimize != "none":
+        fix = "export --cache, then td-plugin optimize"
+        raise TdError("a decoder with a cache is written in fp32", got=f"--optimize {optimize}", fix=fix)
+    check_optimize(optimize)
     model = load_checkpoint(directory)
-    return inspect_graph(to_onnx(model, output, inputs_for_model(model), opset=opset))
+    if cache:
+        return inspect_graph(to_cached_onnx(model, output, opset=opset))
+    return inspect_graph(to_onnx(model, output, inputs_for_model(model), opset=opset, optimize=optimize))
 
 
 def verify_checkpoint(directory: Path, file: Path, tolerance: float | None = None) -> ParityReport:

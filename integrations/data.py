@@ -48,11 +48,11 @@ def load_data(config: DataConfig, seed: int = 0) -> LabelledData:
         TdError: the data cannot be read, a column is missing or ambiguous, or the labels are no classes.
     """
     train, validation = _splits(config, seed)
-    label = _label_column(train.features, config.label_column)
-    task, column = _input_column(train.features, config, label)
+    label = label_column(train.features, config.label_column)
+    task, column = input_column(train.features, config, label)
     for split in (train, validation):
-        _require(split.features, column, "--text-column" if task == "text" else "--image-column")
-        _require(split.features, label, "--label-column")
+        require_column(split.features, column, "--text-column" if task == "text" else "--image-column")
+        require_column(split.features, label, "--label-column")
     train, validation, names = _encode_labels(
         train.select_columns([column, label]), validation.select_columns([column, label]), label
     )
@@ -61,7 +61,12 @@ def load_data(config: DataConfig, seed: int = 0) -> LabelledData:
     return LabelledData(task, column, label, names, train, validation)
 
 
-def _read(source: str) -> DatasetDict:
+def read_data(source: str) -> DatasetDict:
+    """The splits of a parquet, csv or json file, a directory, or a data set of the hub.
+
+    Raises:
+        TdError: it is missing, or cannot be read.
+    """
     path = Path(source)
     if path.is_file() and path.suffix not in READERS:
         raise TdError("unknown file type", where=source, got=path.suffix, fix=f"use one of {', '.join(READERS)}")
@@ -82,12 +87,12 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _splits(config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
-    found = _read(config.dataset)
+    found = read_data(config.dataset)
     if "train" not in found:
         raise TdError("the data set has no split 'train'", where=config.dataset, got=sorted(found))
     train = found["train"]
     if config.validation:
-        return train, _read(config.validation)["train"]
+        return train, read_data(config.validation)["train"]
     for name in EVALUATION_SPLITS:
         if name in found:
             return train, found[name]
@@ -97,7 +102,12 @@ def _splits(config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
     return halves["train"], halves["test"]
 
 
-def _require(features: Features, column: str, option: str) -> None:
+def require_column(features: Features, column: str, option: str) -> None:
+    """Nothing, if there is such a column.
+
+    Raises:
+        TdError: there is none; `option` names the one of the command line that takes another.
+    """
     if column in features:
         return
     nearest = difflib.get_close_matches(column, list(features), n=1)
@@ -116,15 +126,25 @@ def _only(candidates: Sequence[str], preferred: Sequence[str], option: str, feat
     raise TdError(f"{what} for {option}", got=f"columns {list(features)}", fix=f"give {option}")
 
 
-def _label_column(features: Features, chosen: str) -> str:
+def label_column(features: Features, chosen: str) -> str:
+    """The column of the class: `chosen`, or by its type or name.
+
+    Raises:
+        TdError: there is none, or several could be meant.
+    """
     if chosen:
-        _require(features, chosen, "--label-column")
+        require_column(features, chosen, "--label-column")
         return chosen
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in LABEL_NAMES]
     return _only(classes, LABEL_NAMES, "--label-column", features)
 
 
-def _input_column(features: Features, config: DataConfig, label: str) -> tuple[Literal["text", "image"], str]:
+def input_column(features: Features, config: DataConfig, label: str) -> tuple[Literal["text", "image"], str]:
+    """What a model is fed and the column it is in: as `config` says, or by its type.
+
+    Raises:
+        TdError: there is none, or several could be meant.
+    """
     if config.text_column:
         return "text", config.text_column
     if config.image_column:

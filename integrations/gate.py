@@ -89,12 +89,9 @@ def run_gate(gate: Gate, progress: bool = False) -> CheckReport:
 
 
 def _examples(gate: Gate) -> Examples:
-    from td_plugin.integrations.evaluation_data import EvaluationConfig, load_examples
+    from td_plugin.integrations.evaluation_data import examples_of
 
-    given = gate.settings
-    names = {field.name for field in fields(EvaluationConfig)} & given.keys()
-    processor = Path(given.get("tokenizer", gate.model.parent))
-    return load_examples(EvaluationConfig(processor=processor, **{name: given[name] for name in names}))
+    return examples_of(gate.settings, gate.model.parent)
 
 
 def _reference(path: str | Path) -> nn.Module | Path:

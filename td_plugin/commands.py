@@ -13,6 +13,7 @@ import typer
 from td_plugin.commands_benchmark import benchmark
 from td_plugin.commands_check import check
 from td_plugin.commands_deploy import export, inspect, quantize, shrink, verify
+from td_plugin.commands_forms import block_sparse, optimize
 from td_plugin.commands_train import demo, finetune
 from td_plugin.errors import TdError
 
@@ -26,6 +27,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "safetensors": "onnx",
+    "numpy": "onnx",
     "matplotlib": "plots",
 }
 
@@ -56,5 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (demo, finetune, shrink, export, quantize, verify, benchmark, inspect, check):
+for command in (
+    demo, finetune, shrink, export, optimize, quantize, block_sparse, verify, benchmark, inspect, check
+):  # fmt: skip
     app.command()(command)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from td_plugin.commands_shared import Json, Length, show
+from td_plugin.commands_shared import Json, Length, Lengths, Rows, Threads, named, show
 from td_plugin.errors import TdError
 
 MOST_ROUNDS = 400
@@ -16,10 +16,10 @@ MOST_ROUNDS = 400
 
 def benchmark(
     files: Annotated[list[str], typer.Argument(help="NAME=FILE.onnx, also with @PROVIDER; the first is the baseline.")],
-    batch: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1,
+    batch: Rows = 1,
     sequence: Length = 128,
-    lengths: Annotated[Path | None, typer.Option(help="File of sequence lengths to draw from.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads inside one operator.")] = 1,
+    lengths: Lengths = None,
+    threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds at least; each runs every file once.")] = 100,
     max_rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds at most, while an interval is wide; 400, or --rounds if more.")
@@ -36,7 +36,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time ONNX files against each other, interleaved, with an interval for the speed-up."""
-    named, scores = _named(files), _scores(accuracy or [])
+    forms, scores = named(files), _scores(accuracy or [])
     most = max(rounds, MOST_ROUNDS) if max_rounds is None else max_rounds
     if most < rounds:
         raise TdError("--max-rounds is below --rounds", got=f"{most} and {rounds}", fix="give the larger one")
@@ -45,7 +45,7 @@ def benchmark(
     from td_plugin.export.runners import Form
 
     job = Job(
-        {name: Form.parse(text) for name, text in named.items()},
+        {name: Form.parse(text) for name, text in forms.items()},
         (rounds, most),
         batch=batch,
         sequence=sequence,
@@ -61,13 +61,6 @@ def benchmark(
         progress=sys.stderr.isatty(),
     )
     show(lambda: run_job(job), as_json)
-
-
-def _named(files: list[str]) -> dict[str, str]:
-    pairs = [(name or path, path) for name, _, path in (file.rpartition("=") for file in files)]
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise TdError("two files have the same name", got=", ".join(files), fix="name them: dense=a.onnx pruned=b.onnx")
-    return dict(pairs)
 
 
 def _scores(given: list[str]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from td_plugin import commands_data as rows
 from td_plugin.commands_shared import Json, OnnxFile, show
 
 
@@ -27,16 +28,16 @@ def check(
     max_perplexity: Annotated[float | None, typer.Option(help="On --data.")] = None,
     max_difference: Annotated[float | None, typer.Option(help="Of any output from --equal-to.")] = None,
     equal_to: Annotated[Path | None, typer.Option(help="Checkpoint or ONNX file that the file shall equal.")] = None,
-    data: Annotated[str | None, typer.Option(help="Labelled rows: parquet, csv, json, directory or hub id.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Directory; the ONNX file's own if left out.")] = None,
-    metric: Annotated[str | None, typer.Option(help="accuracy, f1, binary_f1, [masked_]perplexity or bleu.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of the data; found out if left out.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Found by its type unless given.")] = None,
-    pair_column: Annotated[str | None, typer.Option(help="A second text of each row.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Found by its type unless given.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Found by its type or name unless given.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Texts of --data are cut after so many tokens; 128.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Judge on so many rows of --data; 0 = all.")] = None,
+    data: rows.Data = None,
+    tokenizer: rows.Tokenizer = None,
+    metric: rows.Metric = None,
+    split: rows.Split = None,
+    text_column: rows.TextColumn = None,
+    pair_column: rows.PairColumn = None,
+    image_column: rows.ImageColumn = None,
+    label_column: rows.LabelColumn = None,
+    max_length: rows.MaxLength = None,
+    max_rows: rows.MaxRows = None,
     batch: Annotated[int | None, typer.Option(help="Rows per timed call; 1.")] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens per row when timed; 128.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; 1.")] = None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from td_plugin.errors import TdError
@@ -49,17 +50,11 @@ def staged_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield stage / path.name
         os.replace(stage / path.name, path)
-    except FileNotFoundError:
-        raise  # nothing was written, or what the writer reads is missing
-    except OSError as error:
-        if error.errno is None or not _within(error.filename, stage, path):
-            raise  # not of the system, or about a file that the writer reads
-        raise TdError(
-            "the file cannot be written",
-            where=str(path),
-            got=error.strerror or error,
-            fix="free some space or choose another path",
-        ) from error
+    except Exception as error:
+        refused = _refused("file", error, stage, path)
+        if refused is None:
+            raise
+        raise refused from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -80,20 +75,40 @@ def _no_directory(path: Path) -> None:
         raise TdError("a file is to be written but a directory is there", where=str(path), fix="name a file in it")
 
 
+def _refused(what: str, error: Exception, stage: Path, path: Path) -> TdError | None:
+    """What to say if the system refused to write to `stage` or `path`; None if the error is about something else."""
+    if isinstance(error, FileNotFoundError):
+        return None  # nothing was written, or what the writer reads is missing
+    if isinstance(error, OSError) and error.errno is not None:
+        told = _within(error.filename, stage, path)
+        reason = error.strerror
+    else:  # safetensors and tokenizers write in Rust, and raise exceptions of their own with its words
+        told = _OF_RUST.search(str(error)) is not None
+        reason = str(error)
+    fix = "free some space or choose another path"
+    return TdError(f"the {what} cannot be written", where=str(path), got=reason or error, fix=fix) if told else None
+
+
+_OF_RUST = re.compile(r"\(os error (?!2\))\d+\)$")
+
+
 def _within(name: object, stage: Path, path: Path) -> bool:
     """Whether an error of the system is about what is being written; a full disk comes without a name."""
-    return not isinstance(name, (str, os.PathLike)) or Path(name) == path or stage in Path(name).parents
+    if not isinstance(name, (str, os.PathLike)):
+        return True
+    return Path(name) == path or not {stage, path}.isdisjoint(Path(name).parents) or Path(name) == stage
 
 
 @contextmanager
 def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a fresh folder beside `target`; on a clean exit its files are moved into `target`.
 
-    A new `target` appears in one rename. In an existing one each file is replaced by one rename, other files stay.
-    On any exception nothing of `target` has changed.
+    A new `target` appears in one rename. In an existing one each file is replaced by one rename, other files stay; if
+    one cannot be, those before it are put back. On any exception nothing of `target` has changed.
 
     Raises:
-        TdError: the parent cannot be written, or `target` is a file.
+        TdError: the parent cannot be written, `target` is a file, or the system refuses to write: the disk is full,
+            the folder read-only.
     """
     path = Path(target)
     if path.exists() and not path.is_dir():
@@ -101,20 +116,72 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     stage = _stage(path)
     try:
         yield stage
-        if not path.exists():
-            stage.chmod(0o755)  # mkdtemp makes it private
-            stage.rename(path)
-            return
-        if not os.access(path, os.W_OK):
-            raise TdError("the output directory cannot be written", where=str(path), fix="choose a writable path")
-        places = {item: path / item.relative_to(stage) for item in sorted(stage.rglob("*"))}
-        for item, place in places.items():  # all checks before the first move
-            if place.exists() and place.is_dir() != item.is_dir():
-                raise TdError("a file and a directory are in each other's way", where=str(place), fix="remove it")
-        for item, place in places.items():
-            if item.is_dir():
-                place.mkdir(exist_ok=True)
-            else:
-                os.replace(item, place)
+        if not _appeared(stage, path):
+            _merge(stage, path)
+    except TdError:
+        raise
+    except Exception as error:
+        refused = _refused("directory", error, stage, path)
+        if refused is None:
+            raise
+        raise refused from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _appeared(stage: Path, path: Path) -> bool:
+    """Make `stage` the new directory `path`, if there is none."""
+    if path.exists():
+        return False
+    stage.chmod(0o755)  # mkdtemp makes it private
+    try:
+        stage.rename(path)
+    except OSError:
+        if path.is_dir():  # another process was faster: its files are replaced like any others
+            return False
+        raise
+    return True
+
+
+def _merge(stage: Path, path: Path) -> None:
+    """Move what is in `stage` into the directory `path`: everything, or nothing."""
+    if not os.access(path, os.W_OK):
+        raise TdError("the output directory cannot be written", where=str(path), fix="choose a writable path")
+    places = {item: path / item.relative_to(stage) for item in sorted(stage.rglob("*"))}
+    for item, place in places.items():  # all checks before the first move
+        if place.exists() and place.is_dir() != item.is_dir():
+            raise TdError("a file and a directory are in each other's way", where=str(place), fix="remove it")
+    former, moved = Path(tempfile.mkdtemp(dir=stage)), list[tuple[Path, Path | None]]()
+    try:
+        for index, (item, place) in enumerate(places.items()):
+            if item.is_dir():
+                if not place.is_dir():
+                    place.mkdir(exist_ok=True)
+                    moved.append((place, None))
+                continue
+            old = _copy(place, former / str(index)) if place.exists() else None
+            os.replace(item, place)
+            moved.append((place, old))
+    except BaseException:
+        _put_back(moved)
+        raise
+
+
+def _copy(file: Path, to: Path) -> Path:
+    """The file under a second name."""
+    try:
+        os.link(file, to)
+    except OSError:  # a file system without links
+        shutil.copy2(file, to)
+    return to
+
+
+def _put_back(moved: Sequence[tuple[Path, Path | None]]) -> None:
+    for place, old in reversed(moved):
+        with suppress(OSError):  # as much as can be
+            if old is not None:
+                os.replace(old, place)
+            elif place.is_dir():
+                place.rmdir()
+            else:
+                place.unlink()

@@ -1,4 +1,4 @@
-"""A linear layer under a mask of single weights, as one function: what most models consist of, at the lowest price.
+"""A linear layer under a mask, as one function: what most models consist of, at the lowest price.
 
 The backward makes the masked weight again, as `td_plugin.remaking` does for all layers, and masks the gradient in the
 memory it has just been computed into. Only here is it known that nobody else holds that.
@@ -12,24 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from td_plugin import kernels
-from td_plugin.masking import select
+from td_plugin.masking import select, zero_
 
 
-def serves(x: Tensor, weight: Tensor, keep: Tensor | None) -> bool:
+def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `masked_linear` may take the place of reading the masked weight and multiplying with it."""
     return (
-        keep is not None
-        and keep.dtype == torch.uint8
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and weight.requires_grad
+        and type(weight) in (Tensor, nn.Parameter)
         and type(x) in (Tensor, nn.Parameter)
         and x.dim() > 1
         and x.dtype == weight.dtype
+        and x.device == weight.device
         and x.numel() > 0
         and x.is_contiguous()  # else torch takes other products, and the last bit differs
-        and not torch.is_autocast_enabled("cpu")  # the product would be taken in another type
-        and kernels.serves(weight)
+        and not torch.is_autocast_enabled(x.device.type)  # the product would be taken in another type
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
@@ -39,7 +38,7 @@ def masked_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) 
     Args:
         x: ``[*, inputs]``.
         weight: ``[outputs, inputs]``, dense.
-        keep: `td_plugin.bits.pack` of its flags.
+        keep: as `masking.select` takes it.
         bias: ``[outputs]``.
     """
     return _MaskedLinear.apply(x, weight, keep, bias)  # type: ignore[no-any-return, no-untyped-call]
@@ -49,7 +48,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, keep)
-        return linear(x, kernels.select(weight, keep), bias)
+        return linear(x, select(keep, weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None]:
@@ -59,8 +58,10 @@ class _MaskedLinear(torch.autograd.Function):
         row_grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         of_x = (row_grad @ select(keep, weight)).view(x.shape) if ctx.needs_input_grad[0] else None
         of_weight = row_grad.t() @ rows
-        if not torch.is_grad_enabled() and kernels.serves(of_weight):
-            kernels.zero_(of_weight, keep)
-        else:
+        if torch.is_grad_enabled():
             of_weight = select(keep, of_weight)
+        elif keep.dtype == torch.uint8:
+            zero_(of_weight, keep)
+        else:
+            of_weight.mul_(keep)
         return of_x, of_weight, None, row_grad.sum(0) if ctx.needs_input_grad[3] else None

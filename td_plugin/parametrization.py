@@ -74,18 +74,17 @@ def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
 def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base` that reads `names` through their masks."""
-    is_linear = base.forward is nn.Linear.forward and names == ("weight",)
+    is_linear = base.forward is nn.Linear.forward
 
     @wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         masks: _ModuleMasks = self.__dict__[_STATE]
-        if is_linear and len(args) == 1 and len(masks.by_name["weight"]) == 1:
-            dense = self._parameters.get("weight")
-            keep = None if dense is None else masks.by_name["weight"][0].keep_of(dense, self.training)
-            if dense is not None and keep is not None and masked_linear.serves(args[0], dense, keep):
-                return masked_linear.masked_linear(args[0], dense, keep, self.bias)  # type: ignore[arg-type]
+        if is_linear and len(args) == 1:
+            done = _linear(self, masks, args[0])
+            if done is not None:
+                return done
         masks.inside_forward += 1
         try:
             with Remaking():
@@ -108,6 +107,15 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
     body = {"forward": forward, "train": train, "__reduce_ex__": reduce, "__module__": base.__module__}
     return type(f"Masked{base.__name__}", (base,), {**body, **{name: _property(name) for name in names}})
+
+
+def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
+    """What a masked `nn.Linear` gives, at a lower price; None if it has to go the way of all layers."""
+    dense, found = module._parameters.get("weight"), masks.by_name.get("weight", [])
+    if dense is None or len(found) != 1 or not masked_linear.serves(x, dense):
+        return None
+    keep = found[0].keep_of(dense, module.training)
+    return None if keep is None else masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

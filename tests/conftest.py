@@ -61,3 +61,32 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
     pandas.DataFrame(rows).to_csv(path, index=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def masked(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier with half of its neurons and heads silent."""
+    from transformers import BertForSequenceClassification
+
+    import td_plugin as td
+
+    directory = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(text_encoder)
+    sparsifier = td.TargetedDropout(td.recipes.targeted_unit(), sparsity_level=0.5)
+    sparsifier.prepare(model)
+    sparsifier.squash_mask()
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((text_encoder / name).read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def dense_onnx(masked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That classifier as a file."""
+    from td_plugin.integrations.checkpoints import export_checkpoint
+
+    path = tmp_path_factory.mktemp("onnx") / "dense.onnx"
+    export_checkpoint(masked, path)
+    return path

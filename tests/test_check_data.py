@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,6 +27,7 @@ from td_plugin.contract import TdError
 from td_plugin.export.evaluation import evaluate_onnx
 from td_plugin.integrations.evaluation_data import EvaluationConfig, load_examples
 from td_plugin.integrations.gate import KEYS, read_gate
+from td_plugin.integrations.input_data import load_inputs
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "github_actions"
 
@@ -140,6 +142,29 @@ def test_images(image_encoder: Path, tmp_path: Path):
         shapes = [batch["pixel_values"].shape for batch in examples.batches]
         assert shapes == [(4, 3, 8, 8), (2, 3, 8, 8)]
     assert [batch["labels"].tolist() for batch in examples.batches] == [[0, 1, 0, 1], [0, 1]]
+
+
+class TestInputs:
+    """What static quantization is calibrated on: no labels."""
+
+    def test_texts(self, model: Path, tmp_path: Path):
+        for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
+            pandas.DataFrame(rows, columns=["text", "note"]).to_csv(tmp_path / f"{split}.csv", index=False)
+        how = config(tmp_path, model, text_column="text", batch_size=5)
+        batches = list(load_inputs(how))
+        assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 2]  # the rows of the training split
+        assert all(batch.keys() == {"input_ids", "token_type_ids", "attention_mask"} for batch in batches)
+        assert sum(len(batch["input_ids"]) for batch in load_inputs(replace(how, max_rows=4))) == 4
+        assert sum(len(batch["input_ids"]) for batch in load_inputs(replace(how, split="validation"))) == 3
+        pandas.DataFrame({"a": ["good"], "b": ["bad"]}).to_csv(tmp_path / "two.csv", index=False)
+        with pytest.raises(TdError, match="several columns could be meant for --text-column"):
+            load_inputs(config(tmp_path / "two.csv", model))
+
+    def test_images(self, image_encoder: Path, tmp_path: Path):
+        rows = Dataset.from_dict({"image": [Pixels.new("L", (8, 8), 9)] * 3}).cast_column("image", Image())
+        rows.to_parquet(tmp_path / "rows.parquet")
+        (batch,) = load_inputs(config(tmp_path / "rows.parquet", image_encoder))
+        assert {name: list(value.shape) for name, value in batch.items()} == {"pixel_values": [3, 3, 8, 8]}
 
 
 class TestRefusals:

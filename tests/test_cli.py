@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command_line import document, refused, run
 from transformers import (
     BertForSequenceClassification,
     GPT2Config,
@@ -19,55 +18,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from typer.testing import CliRunner, Result
 
 import td_plugin as td
-from td_plugin.commands import app
 from td_plugin.export import available_providers, benchmark_job
 
-COMMANDS = ("demo", "finetune", "shrink", "export", "quantize", "verify", "benchmark", "inspect", "check")
+COMMANDS = ("demo", "finetune", "shrink", "export", "optimize", "quantize", "block-sparse")
+COMMANDS += ("verify", "benchmark", "inspect", "check")
 
 QUICK = ("--rounds", 5, "--max-rounds", 5)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def document(result: Result) -> Any:
-    """What --json printed: exactly one document, and nothing else, on stdout."""
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def refused(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
-    assert all(word in line for word in words), line
-    assert "Traceback" not in result.stderr
-
-
-@pytest.fixture(scope="session")
-def masked(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with half of its neurons and heads silent."""
-    directory = tmp_path_factory.mktemp("masked")
-    torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(text_encoder)
-    sparsifier = td.TargetedDropout(td.recipes.targeted_unit(), sparsity_level=0.5)
-    sparsifier.prepare(model)
-    sparsifier.squash_mask()
-    model.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((text_encoder / name).read_bytes())
-    return directory
-
-
-@pytest.fixture(scope="session")
-def dense_onnx(masked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "dense.onnx"
-    document(run("export", masked, path, "--json"))
-    return path
 
 
 class TestCommands:

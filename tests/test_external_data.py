@@ -21,10 +21,12 @@ from onnx.external_data_helper import set_external_data
 from torch import nn
 
 from td_plugin.errors import TdError
-from td_plugin.export import external_data, quantize, to_onnx
+from td_plugin.export import benchmark, check, external_data, quantize, to_onnx
 from td_plugin.export.benchmark import file_size
+from td_plugin.export.check_bars import Bars
 from td_plugin.export.external_data import check_external, save_graph, staged_graph
 from td_plugin.export.forms import Form, derive
+from td_plugin.export.session import open_session
 
 SIZE = 32
 
@@ -254,6 +256,9 @@ class TestOutside:
             lambda: derive(source, tmp_path / "out.onnx", "int8"),
             lambda: quantize(source, tmp_path / "out.onnx"),
             lambda: check_external(source),
+            lambda: open_session(source),
+            lambda: benchmark({"m": source}, {"x": torch.zeros(1, SIZE)}),
+            lambda: check(source, Bars(max_size_mb=1)),
         ):
             with pytest.raises(TdError, match=r"weights outside its directory, which is not read; where: .*m\.onnx"):
                 work()
@@ -292,11 +297,13 @@ class TestOutside:
         write(source, 1.0)
         data = tmp_path / "m.onnx.data"
         data.write_bytes(data.read_bytes()[:-1])
-        with pytest.raises(TdError, match=rf"the ONNX file is truncated; where: .*data; got: {4 * SIZE**2 - 1} of"):
-            derive(source, tmp_path / "out.onnx", form)
+        for work in (lambda: derive(source, tmp_path / "out.onnx", form), lambda: open_session(source)):
+            with pytest.raises(TdError, match=rf"the ONNX file is truncated; where: .*data; got: {4 * SIZE**2 - 1} of"):
+                work()
         data.unlink()
-        with pytest.raises(TdError, match=r"outside the ONNX file are missing; where: .*m\.onnx; got: .*data"):
-            derive(source, tmp_path / "out.onnx", form)
+        for work in (lambda: derive(source, tmp_path / "out.onnx", form), lambda: open_session(source)):
+            with pytest.raises(TdError, match=r"outside the ONNX file are missing; where: .*m\.onnx; got: .*data"):
+                work()
         assert names(tmp_path) == ["m.onnx"]
 
     def elsewhere(self, location: str) -> TensorProto:

@@ -1,4 +1,4 @@
-"""The contract of every family, last part: the ONNX file of a shrunk model is the masked model, at any size."""
+"""The contract of every family, last part: the ONNX file of a shrunk model is the masked model; so are its forms."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from test_families import Pruned
 from torch import Tensor, nn
 
 from td_plugin.export import to_onnx
+from td_plugin.export.forms import Form, derive
 from td_plugin.model_inputs import model_inputs
 
+FORMS: tuple[Form, ...] = ("fused", "int8")
 CLOSE = 1e-4  # of one plus the value, as to_onnx and verify judge a float32 file
 SLOW = ("t5", "mt5", "bart", "marian", "whisper", "swin", "modernbert", "mixtral", "deberta_v2", "clip", "qwen3")
 FOLDED = "relative_position_bias_table"  # Swin's, looked up at constant places: the graph has what was found there
@@ -74,3 +76,12 @@ def test_the_file_is_the_masked_model(name: str, tmp_path: Path, capfd: pytest.C
     stored = {sizes(onnx.numpy_helper.to_array(weight)) for weight in graph.initializer}
     assert weights(pruned.small) <= stored
     assert not stored & (weights(pruned.dense) - weights(pruned.small))
+    check_forms(path, {name: value for name, value in inputs.items() if isinstance(value, Tensor)})
+
+
+def check_forms(path: Path, inputs: Mapping[str, Tensor]) -> None:
+    """Fused, or not and a reason; int8; both within the tolerance of their precision."""
+    fused, int8 = (derive(path, path.with_suffix(f".{form}"), form, example_inputs=[inputs]) for form in FORMS)
+    assert (fused.problem, int8.problem, int8.form) == ("", "", "int8")
+    assert (fused.form == "fp32") == any(note.startswith("written unfused: ") for note in fused.notes)
+    assert fused.parity is not None and int8.parity is not None and int8.parity.relative > fused.parity.relative

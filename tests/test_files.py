@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,79 @@ def test_a_file_in_the_way_of_a_sub_directory_fails_without_half_a_result(tmp_pa
         (folder / "b").mkdir()
         (folder / "b" / "weights").write_text("new")
     assert tree(target) == {"b": "old"}
+
+
+@pytest.mark.parametrize("existed", [True, False])
+@pytest.mark.parametrize("step", ["write", "move", "rust"])
+def test_a_full_disk_leaves_a_directory_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existed: bool
+) -> None:
+    target, full = tmp_path / "checkpoint", os.strerror(errno.ENOSPC)
+    if existed:
+        target.mkdir()
+        for name in ("config.json", "weights"):
+            (target / name).write_text("old")
+    replace, moves = os.replace, []
+
+    def refuse(source: Path, place: Path) -> None:
+        moves.append(place)
+        if len(moves) == 3:  # by then one file is new in its place, and one stands where there was none
+            raise OSError(errno.ENOSPC, full, str(source), None, str(place))
+        replace(source, place)
+
+    def rename(stage: Path, place: Path) -> None:
+        raise OSError(errno.ENOSPC, full, str(stage), None, str(place))
+
+    if step == "move":
+        monkeypatch.setattr(os, "replace", refuse)
+        monkeypatch.setattr(Path, "rename", rename)
+    refused = pytest.raises(TdError, match=f"directory cannot be written.*checkpoint.*{full}")
+    with refused, staged_directory(target) as folder:
+        for name in ("config.json", "new", "weights"):
+            (folder / name).write_text("new")
+        if step == "write":  # like a write, which names no file
+            raise OSError(errno.ENOSPC, full)
+        if step == "rust":
+            raise Exception(f"Error while serializing: I/O error: {full} (os error 28)")
+    monkeypatch.undo()
+    assert tree(tmp_path) == ({"checkpoint/config.json": "old", "checkpoint/weights": "old"} if existed else {})
+    assert os.listdir(tmp_path) == (["checkpoint"] if existed else [])
+
+
+def test_what_a_directory_s_writer_cannot_read_is_its_own_error(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(IsADirectoryError), staged_directory(tmp_path / "checkpoint"):
+        (tmp_path / "other").read_text()
+    with pytest.raises(FileNotFoundError), staged_directory(tmp_path / "checkpoint"):
+        (tmp_path / "absent").read_text()
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_two_writers_of_one_new_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one finds nothing there, and by the time it moves its files the first has moved its own."""
+    target, rename = tmp_path / "checkpoint", Path.rename
+
+    def late(stage: Path, place: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        with staged_directory(target) as first:
+            (first / "config.json").write_text("first")
+            (first / "tokenizer.json").write_text("first")
+        return rename(stage, place)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with staged_directory(target) as second:
+        (second / "config.json").write_text("second")
+    assert tree(tmp_path) == {"checkpoint/config.json": "second", "checkpoint/tokenizer.json": "first"}
+
+
+def test_a_checkpoint_larger_than_the_system_allows(tmp_path: Path) -> None:
+    """Not simulated: a process that may write no more than 2000 bytes to a file."""
+    code = (
+        "import resource, sys, torch; from td_plugin.export import save_pretrained\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "try:\n    save_pretrained(torch.nn.Linear(100, 100), sys.argv[1])\n"
+        "except ValueError as error:\n    print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert "TdError" in done.stdout and "out" in done.stdout and os.strerror(errno.EFBIG) in done.stdout
+    assert os.listdir(tmp_path) == []

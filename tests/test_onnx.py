@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,13 +20,20 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
 
 from td_plugin.contract import TdError
+from td_plugin.export.graph_widths import width_changes
 from td_plugin.export.probes import make_probe_batches
+from td_plugin.export.provenance import width_changes_of
 from td_plugin.export.quantize import quantize
 from td_plugin.export.quiet import quiet
 from td_plugin.export.to_onnx import to_onnx
@@ -68,6 +76,10 @@ def exported(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int8(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(exported, tmp_path_factory.mktemp("int8") / "model.int8.onnx")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
 
 
 def axes(path: Path) -> dict[str, list[str | int]]:
@@ -189,6 +201,29 @@ class TestExport:
             layer.output.dense = cut(layer.output.dense, 32, neurons)
         path = to_onnx(model, tmp_path / "unequal.onnx", text(2, 16))
         assert verify(model, path, [text(3, 29)]).max_abs < 1e-5
+        # The configuration still says how wide the dense layers are: the file tells, and so do its forms.
+        told = json.loads(metadata(path)["td-plugin.widths"])
+        layer = "bert.encoder.layer.{}.{}"
+        assert told == {
+            **{layer.format(0, f"attention.self.{name}"): [32, 24] for name in ("query", "key", "value")},
+            **{layer.format(1, f"attention.self.{name}"): [32, 8] for name in ("query", "key", "value")},
+            **{layer.format(index, "intermediate.dense"): [64, width] for index, width in enumerate((48, 17))},
+        }
+        small = quantize(path, tmp_path / "int8.onnx")
+        assert width_changes({"int8": small}) == {"int8": {name: tuple(pair) for name, pair in told.items()}}
+
+    def test_widths_that_nothing_states(self, exported: Path):
+        assert "td-plugin.widths" not in metadata(exported)
+        assert width_changes_of(nn.Sequential(nn.Linear(3, 4))) == {}
+        convolutions = ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=(16, 16), depths=(1, 1))
+        )
+        assert width_changes_of(convolutions) == {}
+        convolutions.resnet.embedder.embedder.convolution = nn.Conv2d(3, 5, 7)
+        assert width_changes_of(convolutions) == {"resnet.embedder.embedder.convolution": (8, 5)}
+        decoder = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
+        decoder.h[0].mlp.c_fc = Conv1D(7, 8)
+        assert width_changes_of(decoder) == {"h.0.mlp.c_fc": (32, 7)}
 
     def test_masks_are_baked_not_exported(self, tmp_path: Path):
         torch.manual_seed(0)
@@ -307,6 +342,23 @@ class TestVerify:
     def test_missing(self, model: Any, tmp_path: Path):
         with pytest.raises(TdError, match="no such ONNX file"):
             verify(model, tmp_path / "absent.onnx", [text(2, 5)])
+
+    def test_a_batch_that_the_model_cannot_take(self, model: Any, exported: Path):
+        with pytest.raises(TdError, match=r"model cannot run.*BertFor.*RuntimeError.*'input_ids': \[1, 40\]"):
+            verify(model, exported, [text(1, 40)])  # it has 32 positions
+
+    def test_nothing_but_padding(self, tmp_path: Path):
+        """Nothing to compare is no difference, and no crash."""
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
+
+        class Tokens(nn.Module):
+            def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+                return net(input_ids) * attention_mask[..., None]
+
+        batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+        path = to_onnx(Tokens(), tmp_path / "m.onnx", batch)
+        report = verify(Tokens(), path, [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])
+        assert (report.max_abs, report.top1) == (0, None)
 
     def test_inputs_of_another_graph(self, model: Any, exported: Path):
         with pytest.raises(TdError, match=r"attention_mask, token_type_ids; where.*got: input_ids"):

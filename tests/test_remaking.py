@@ -123,11 +123,13 @@ def test_a_weight_changed_before_the_backward_is_an_error_as_it_is_without_masks
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("wanted", [True, False], ids=["input with gradient", "input without"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unit", [False, True], ids=["weights", "units"])
 def test_a_linear_layer_gives_the_bits_of_its_parts(
-    shape: tuple[int, ...], bias: bool, wanted: bool, dtype: torch.dtype
+    shape: tuple[int, ...], bias: bool, wanted: bool, dtype: torch.dtype, unit: bool
 ) -> None:
     torch.manual_seed(0)
-    layer, keep = nn.Linear(32, 16, bias, dtype=dtype), pack(torch.rand(16, 32) < 0.5)
+    layer = nn.Linear(32, 16, bias, dtype=dtype)
+    keep = torch.rand(16, 1) < 0.5 if unit else pack(torch.rand(16, 32) < 0.5)
     x = torch.randn(shape, dtype=dtype, requires_grad=wanted)
 
     def results(y: Tensor) -> list[Tensor]:

@@ -344,6 +344,21 @@ def test_runtime_width(kind: str, keep: int, dense: int, width: int) -> None:
     assert runtime_width(kind, keep, dense) == width
 
 
+@pytest.mark.parametrize(("stay", "width"), [(1, 16), (17, 32), (33, 48), (48, 48), (50, 64)])
+def test_channels_are_kept_in_blocks_of_sixteen(stay: int, width: int) -> None:
+    """What onnxruntime's convolutions compute in; the outputs are those of the masked model all the same."""
+    layers = [nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 24, 3)]
+    dense = warmed(*layers, shape=(3, 8, 8))
+    masked, x = silence(dense, {"0": list(range(5, 5 + stay))}), torch.randn(2, 3, 8, 8)
+    if stay == 50:
+        with pytest.raises(TdError, match="rounding up keeps every zero unit"):
+            shrink(masked)
+        return
+    small = shrink(masked)
+    assert (small[0].out_channels, small[3].in_channels, small[3].out_channels) == (width, width, 24)
+    assert (small(x) - masked(x)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(("round_to", "width"), [(None, 64), (1, 50), (8, 56), (100, 100)])
 def test_rounding_keeps_some_zero_units_and_the_outputs(round_to: int | None, width: int) -> None:
     torch.manual_seed(5)

@@ -12,13 +12,17 @@ import td_plugin
 
 HEAVY = ("torch", "numpy", "numba", "transformers", "datasets", "onnx", "onnxruntime", "matplotlib", "scipy", "sklearn")
 OPTIONAL = (*HEAVY[2:], "onnxscript", "typer", "rich")
-HELP = ("", "--help", *(f"{command} --help" for command in ("demo", "finetune", "export", "benchmark", "inspect")))
+SHOWN = ("demo", "finetune", "export", "optimize", "block-sparse", "verify", "benchmark", "inspect")
+HELP = ("", "--help", *(f"{command} --help" for command in SHOWN))
 WRONG = (
     "no-such-command",
     "shrink --no-such-option",
     "benchmark a.onnx --batch 0",
     "benchmark a=b.onnx a=c.onnx",
     "inspect a.onnx --sparsity-level 0.5",
+    "optimize a.onnx b.onnx --metric f1",
+    "block-sparse a.onnx b.onnx --block 16",
+    "verify a b.onnx --max-accuracy-drop 0.1",
     "finetune --model a --dataset b --output c --sparsity-level 1.0",
     "finetune --model a --dataset b --output c --epochs 0",
 )
