@@ -149,7 +149,11 @@ CALLS: list[tuple[str, str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "task", "given", "options"), CALLS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "task", "given", "options"),
+    CALLS,
+    ids=[f"{number}-{name}" for number, (name, *_) in enumerate(CALLS)],  # images have no name that lasts
+)
 def test_the_answers_are_those_of_the_torch_pipeline(
     saved: Callable[[str], Path], name: str, task: str, given: Any, options: dict[str, Any]
 ) -> None:
