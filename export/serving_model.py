@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from td_plugin.errors import TdError
 from td_plugin.export.decoding import PAST, PRESENT
-from td_plugin.export.session import _DTYPES, fit_inputs
+from td_plugin.export.session import DTYPES, fit_inputs
 from td_plugin.export.verify import graph_outputs
 
 MADE_UP = ("attention_mask", "token_type_ids", "position_ids")
@@ -124,7 +124,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
 def _as_stated(value: Tensor, entry: Any) -> Tensor:
     """`value` in the dtype of the graph, if that is of the same kind."""
-    wanted = _DTYPES.get(entry.type)
+    wanted = DTYPES.get(entry.type)
     same = wanted is not None and wanted.is_floating_point == value.is_floating_point() and wanted is not torch.bool
     return value.to(wanted) if same else value
 
@@ -146,7 +146,7 @@ def _with_cache(graph: ServedGraph, given: dict[str, Tensor], cache: Cache | Non
     for entry in graph.past:
         if cache is None or not earlier:
             shape = (len(ids), entry.shape[1], 0, entry.shape[3])
-            feeds[entry.name] = torch.zeros(shape, dtype=_DTYPES.get(entry.type))
+            feeds[entry.name] = torch.zeros(shape, dtype=DTYPES.get(entry.type))
         else:
             layer, kind = _place(entry.name)
             held: Any = cache.layers[layer]

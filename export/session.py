@@ -19,7 +19,7 @@ from td_plugin.export.engines import CPU, Engine, onnxruntime_session
 if TYPE_CHECKING:
     import numpy as np
 
-_DTYPES = {
+DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(double)": torch.float64,
     "tensor(float16)": torch.float16,
@@ -213,7 +213,7 @@ def fit_inputs(
 
 
 def _check_fit(entry: Any, tensor: Tensor, where: str) -> None:
-    dtype = _DTYPES.get(entry.type)
+    dtype = DTYPES.get(entry.type)
     if dtype is None or tensor.dtype != dtype:
         raise TdError(
             f"input {entry.name!r} has another dtype than the graph",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,6 @@ from td_plugin.export.optimize import check_optimize
 from td_plugin.export.probes import longest_text, make_parity_batches
 from td_plugin.export.shrink import shrink
 from td_plugin.export.verify import ParityReport
-from td_plugin.files import staged_directory
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-    "normalizer.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # what belongs to a checkpoint besides the model: tokenizer, image processor or feature extractor
 
 
 @dataclass(frozen=True)
@@ -74,18 +55,16 @@ def load_checkpoint(directory: Path) -> PreTrainedModel:
 
 
 def shrink_checkpoint(directory: Path, output: Path) -> ShrinkResult:
-    """Remove the silent units of a pruned checkpoint; tokenizer or processor are copied along.
+    """Remove the silent units of a pruned checkpoint; tokenizer or processor, licence and model card go along.
 
     Raises:
         TdError: the checkpoint cannot be read, nothing can be removed, or `output` cannot be written.
     """
     model = load_checkpoint(directory)
     small = shrink(model)
-    with staged_directory(output) as stage:
-        save_pretrained(small, stage)
-        for name in COMPANIONS:
-            if (directory / name).is_file():
-                shutil.copy(directory / name, stage / name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the licence of the parent model is unknown")  # the card says so
+        save_pretrained(small, output, parent=directory)
     return ShrinkResult(str(output), model.num_parameters(), small.num_parameters())
 
 
