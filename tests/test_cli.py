@@ -43,7 +43,7 @@ class TestCommands:
         small, file = tmp_path / "small", tmp_path / "small.onnx"
         shrunk = document(run("shrink", masked, small, "--json"))
         assert shrunk["after"] < shrunk["before"]
-        assert (small / "tokenizer.json").is_file()
+        assert (small / "tokenizer.json").is_file() and (small / "README.md").is_file()
         exported = document(run("export", small, file, "--json"))
         assert list(exported["inputs"]) == ["input_ids", "attention_mask", "token_type_ids"]
         assert document(run("verify", small, file, "--json"))["max_abs"] < 1e-4
