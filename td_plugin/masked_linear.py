@@ -27,9 +27,13 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and x.device == weight.device
         and x.numel() > 0
         and x.is_contiguous()  # else torch takes other products, and the last bit differs
-        and not torch.is_autocast_enabled(x.device.type)  # the product would be taken in another type
+        and not _autocast(x.device.type)  # the product would be taken in another type
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def masked_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:

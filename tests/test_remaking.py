@@ -201,3 +201,11 @@ def test_the_peak_of_a_step_holds_one_masked_weight_at_a_time() -> None:
     sparsifier.prepare(model)
     copies = (peak(sparsifier, model) - plain) / (4 * width * width)
     assert copies <= 3  # of the layer at work; all of them would be eleven
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_shapes_can_be_inferred_without_memory_and_under_autocast(recipe: td.Recipe) -> None:
+    model, _ = prepared(recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(4, 3, 4, 4)).dtype == torch.bfloat16
+    assert model.to("meta")(torch.randn(4, 3, 4, 4, device="meta")).shape == (4, 5)
