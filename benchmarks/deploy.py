@@ -7,8 +7,8 @@ BERT-base's shape from config, and with --runs the models that `sst2.py train` l
 and the ONNX forms fp32, fused, int8 and static int8, each dense and with 50 % and 75 % of the neurons and heads
 removed. Each combination of --batches, --sequences and --threads is measured --repeat times; in a round everything runs
 once, in random order, and ratios are taken within a round. What is done lies in the output folder and is not done
-again, so the command can be stopped at any moment; with --minutes it begins nothing after that time. Writes deploy.json,
-deploy.md and a plot per model. `--quick` shows with a tiny model that it runs.
+again, so the command can be stopped at any moment; with --minutes it begins nothing after that time. Writes
+deploy.json, deploy.md and a plot per model. `--quick` shows with a tiny model that it runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from deploy_measure import AGAIN, BASE, Opener, Plan, Setting, file_opener, measure, torch_opener, turn
-from deploy_models import LEVELS, TIMED, TORCH, Data, Subject, file_of, from_config, key, make, random_inputs, trained
+from deploy_models import LEVELS, TIMED, Data, Subject, file_of, from_config, key, make, random_inputs, trained
 from deploy_report import write
 from transformers import BertConfig, PreTrainedModel
 
@@ -35,7 +35,7 @@ from td_plugin.export.machine import machine
 from td_plugin.files import staged_file
 
 TINY = BertConfig(
-    vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256
+    vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256
 )  # 4 heads, 256 neurons: half of them can go
 
 
@@ -88,6 +88,7 @@ class Work:
         self.levels = LEVELS[:2] if args.quick else LEVELS
         self._data: Data | None = None
         self._small: dict[float, PreTrainedModel] = {}
+        self._compiled: dict[float, Callable[..., Any]] = {}
 
     @property
     def data(self) -> Data:
@@ -98,7 +99,8 @@ class Work:
 
     def part(self, name: str) -> Path:
         """A piece of the results."""
-        return self.args.output / "parts" / f"{self.subject.name}-{name}.json"
+        output: Path = self.args.output
+        return output / "parts" / f"{self.subject.name}-{name}.json"
 
     def steps(self) -> list[tuple[str, Any]]:
         """What there is to do, in this order: the name of the part, and what makes it."""
@@ -128,10 +130,13 @@ class Work:
     def times(self, setting: Setting, run: int) -> dict[str, Any]:
         """All rows at one setting."""
         args = self.args
-        plan = Plan(*args.rounds, args.seconds, args.sittings, args.lock)
-        torch.set_num_threads(setting.threads)
-        torch.compiler.reset()  # a compiled function keeps to the number of threads it was compiled for
-        torch._inductor.config.cpp.threads = setting.threads  # so does the cache on disk, unless it is told
+        least, most = args.rounds
+        plan = Plan(least, most, args.seconds, args.sittings, args.lock)
+        if torch.get_num_threads() != setting.threads or not self._compiled:
+            torch.set_num_threads(setting.threads)
+            torch.compiler.reset()  # a compiled function keeps to the number of threads it was compiled for
+            torch._inductor.config.cpp.threads = setting.threads  # so does the cache on disk, unless it is told
+            self._compiled.clear()
         inputs = setting.inputs(self.data.vocabulary)
         title = f"{self.subject.name} {setting.name} run {run + 1}/{args.repeat}"
         found = measure(self.openers(inputs, setting.threads), plan, run, setting.threads, title)
@@ -140,20 +145,23 @@ class Work:
     def openers(self, inputs: dict[str, torch.Tensor], threads: int) -> dict[str, Opener]:
         """Row -> how to open it, the baseline first."""
         found = {name: file_opener(self.file(0.0, "fp32"), inputs, threads) for name in (BASE, AGAIN)}
+        taken = {name: value for name, value in inputs.items() if name in self.data.batches[0]}
         for level in self.levels:
             for form in TIMED:
                 if (level, form) != (0.0, "fp32"):
                     found[key(level, form)] = file_opener(self.file(level, form), inputs, threads)
-            if level not in self._small:
-                self._small[level] = self.subject.load(level)[1]
-            small = self._small[level]
-            taken = {name: value for name, value in inputs.items() if name in self.data.batches[0]}
-            compiled = torch.compile(small, backend=self.args.backend, dynamic=False)
-            found |= {
-                key(level, form): torch_opener(small, call, taken)
-                for form, call in zip(TORCH, (small, compiled), strict=True)
-            }
+            small, compiled = self.torch_models(level)
+            found[key(level, "eager")] = torch_opener(small, small, taken)
+            found[key(level, "compile")] = torch_opener(small, compiled, taken)
         return found
+
+    def torch_models(self, level: float) -> tuple[PreTrainedModel, Callable[..., Any]]:
+        """The shrunk model, plain and compiled for inputs of any size, as the ONNX files are."""
+        if level not in self._small:
+            self._small[level] = self.subject.load(level)[1]
+        if level not in self._compiled:
+            self._compiled[level] = torch.compile(self._small[level], backend=self.args.backend, dynamic=True)
+        return self._small[level], self._compiled[level]
 
     def file(self, level: float, form: str) -> Path:
         """Where a form lies."""
@@ -167,7 +175,13 @@ def facts() -> dict[str, str]:
 
 def shown(arguments: Sequence[str]) -> str:
     """The command without folders, which say nothing."""
-    hidden = {"--output": None, "--lock": None, "--minutes": None, "--report": None, "--only": None}
+    hidden: dict[str, str | None] = {
+        "--output": None,
+        "--lock": None,
+        "--minutes": None,
+        "--report": None,
+        "--only": None,
+    }
     hidden |= {"--runs": "build/sst2", "--model": "MINILM", "--train": "sst2_train.parquet"}
     hidden |= {"--validation": "sst2_dev.parquet"}
     kept, words = ["python benchmarks/deploy.py"], list(arguments)

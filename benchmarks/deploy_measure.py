@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,11 @@ class Plan:
     sittings: int
     lock: Path | None = None
 
-    def rounds(self, one: float) -> int:
-        """Of a sitting, if a round takes `one` seconds."""
-        return math.ceil(max(self.least, min(self.most, int(self.seconds / one))) / self.sittings)
+    def goes_on(self, rounds: int, seconds: float) -> bool:
+        """Whether a sitting has another round after so many, which took so long."""
+        if rounds * self.sittings < self.least:
+            return True
+        return rounds * self.sittings < self.most and seconds * self.sittings < self.seconds
 
 
 def file_opener(path: Path, inputs: Batch, threads: int) -> Opener:
@@ -135,29 +136,29 @@ def measure(openers: Mapping[str, Opener], plan: Plan, seed: int, threads: int, 
     """
     names, generator = list(openers), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    loads, cpu, wall, rounds = [], 0.0, 0.0, 0
+    loads, cpu, wall = [], 0.0, 0.0
     for sitting in range(plan.sittings):
         runs: dict[str, Run] = {}  # the old ones are given up first
         for name in tqdm(generator.sample(names, len(names)), f"{title} opening", leave=False, mininterval=1.0):
             runs[name] = openers[name]()
         with turn(plan.lock):
-            one = sum(runs[name]() for name in names)
-            rounds = rounds or plan.rounds(one)
             loads.append(load_average())
             before, start = time.process_time(), time.perf_counter()
-            for order in tqdm(interleaved(names, rounds, seed * 100 + sitting), title, leave=False, mininterval=1.0):
+            orders = interleaved(names, plan.most, seed * 100 + sitting)
+            for done, order in enumerate(tqdm(orders, title, leave=False, mininterval=1.0)):
+                if not plan.goes_on(done, time.perf_counter() - start):
+                    break
                 for name in order:
                     if threads > 1:
                         time.sleep(PAUSE)
                     seconds[name].append(runs[name]())
             cpu, wall = cpu + time.process_time() - before, wall + time.perf_counter() - start
     return {
-        "rounds": rounds * plan.sittings,
+        "rounds": len(seconds[BASE]),
         "sittings": plan.sittings,
         "load": loads,
         "cpu_share": cpu / wall,
         "minutes": wall / 60,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": {name: [round(value, 7) for value in values] for name, values in seconds.items()},
     }
 
@@ -168,11 +169,12 @@ def ratios(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in parts[0]["seconds"]:
         mine = [part["seconds"][name] for part in parts]
         base = [part["seconds"][BASE] for part in parts]
+        base_all, mine_all = list(chain(*base)), list(chain(*mine))
         each = [paired_speedup(theirs, own) for theirs, own in zip(base, mine, strict=True)]
         medians = [speedup.median for speedup in each]
         found[name] = {
-            "p50_ms": 1e3 * statistics.median(sum(mine, [])),
-            "speedup": paired_speedup(sum(base, []), sum(mine, [])).to_dict(),
+            "p50_ms": 1e3 * statistics.median(mine_all),
+            "speedup": paired_speedup(base_all, mine_all).to_dict(),
             "runs": [speedup.to_dict() for speedup in each],
             "apart": max(medians) / min(medians) - 1,
         }

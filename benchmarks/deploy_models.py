@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import pruned
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,12 +18,13 @@ from transformers import (
     set_seed,
 )
 
+import td_plugin as td
 from td_plugin.export import derive, shrink, to_onnx
 from td_plugin.export.benchmark import file_size
 from td_plugin.export.flops import count_flops
 from td_plugin.export.forms import UNFUSED, Form
-from td_plugin.export.runners import make_runner
 from td_plugin.export.runners import Form as File
+from td_plugin.export.runners import make_runner
 from td_plugin.export.session import graph_inputs, open_session
 
 LEVELS = (0.0, 0.5, 0.75)
@@ -101,7 +101,12 @@ def from_config(config: BertConfig, name: str, title: str, rows: int = 32) -> Su
     def load(level: float) -> tuple[PreTrainedModel, PreTrainedModel]:
         set_seed(0)
         model = BertForSequenceClassification(config).eval()
-        return model, pruned(model, level) if level else model
+        if not level:
+            return model, model
+        sparsifier = td.TargetedDropout(td.recipes.targeted_unit(), level)
+        sparsifier.prepare(model)
+        sparsifier.squash_mask()
+        return model, shrink(model)
 
     def data() -> Data:
         batches = [random_inputs(8, length, config.vocab_size, length) for length in (16, 32, 61)]
