@@ -18,6 +18,7 @@ from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.sparsifier import TargetedDropout
+from td_plugin.target import EvalMask
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -43,13 +44,13 @@ class TargetedDropoutCallback(TrainerCallback):
 
     Args:
         recipe: which method, from `td_plugin.recipes` or composed.
-        sparsity_level: γ in [0, 1).
+        sparsity_level: γ in [0, 1), as of `TargetedDropout`.
         seed: of the draws.
         config: as of `TargetedDropout.prepare`: which tensors, with which γ and α; None takes all the recipe can drop.
         recipe_steps: length of the ramp of a ramping recipe: optimizer steps (int), or the share of the run (float in
             (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
-        eval_mask: ``"pruned"``, or ``"dense"`` to evaluate without masks.
+        eval_mask: ``"pruned"``, ``"expected"`` as of `TargetedDropout`, or ``"dense"`` to evaluate without masks.
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
 
@@ -67,13 +68,13 @@ class TargetedDropoutCallback(TrainerCallback):
     def __init__(  # noqa: PLR0913 - all but the first two are options, by name only
         self,
         recipe: Recipe,
-        sparsity_level: float = 0.5,
+        sparsity_level: float | None = None,
         *,
         seed: int = 0,
         config: list[dict[str, Any]] | None = None,
         recipe_steps: float | None = None,
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
-        eval_mask: Literal["pruned", "dense"] = "pruned",
+        eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
         squash: bool = True,
     ) -> None:

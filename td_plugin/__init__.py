@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from td_plugin import criteria, granularity, recipes, schedules
+    from td_plugin import criteria, granularity, layerwise, rates, recipes, schedules
     from td_plugin.contract import Evidence, Recipe
     from td_plugin.errors import TdError
     from td_plugin.report import SparsityReport
@@ -24,6 +24,8 @@ __all__ = [
     "TdError",
     "criteria",
     "granularity",
+    "layerwise",
+    "rates",
     "recipes",
     "schedules",
 ]

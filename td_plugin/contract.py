@@ -7,7 +7,11 @@ A method of the targeted-dropout family is a point on four axes, each a value or
   tensor, the units of one layer), a *group* is what lives or dies together (one weight, one unit, one head).
 * **Schedule** ``time -> fraction``: how the target share γ (`sparsity_level`) and the drop probability α
   (`drop_rate`) grow over the run.
-* **Sampler**: whether the draw is made once per group or, as in the authors' code for units, once per weight.
+* **Sampler**: whether the draw is made once per group or, as in the authors' code for units, once per weight; or
+  among all groups, whatever their importance, as in dropout and DropConnect.
+
+Three further fields have defaults that leave all this alone: `regrowth` (whether the ranking remembers what it
+dropped), `gradient` (whether what is dropped goes on learning) and `rates` (how γ is spread over the tensors).
 
 Three worked compositions:
 
@@ -33,6 +37,7 @@ from td_plugin.schedules import Constant
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from td_plugin.rates import Rates
     from td_plugin.units import Slice
 
 
@@ -71,8 +76,18 @@ class Granularity(Protocol):
         """Whether the weights that read a unit are evidence of its importance, besides those that compute it."""
         ...
 
+    @property
+    def single(self) -> bool:
+        """Whether a group is one weight, so that `to_groups` merely rearranges them."""
+        ...
+
+    @property
+    def keeps(self) -> int | None:
+        """How many groups of every pool stay when a ramp is done, where that is fixed; None where γ says it."""
+        ...
+
     def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
-        """``[*w] each -> [pools, groups]``."""
+        """``[*w] each -> [pools, groups]``; a `TdError` names the tensor that cannot be divided so."""
         ...
 
     def to_mask(self, groups: Tensor, slice_: Slice, shape: Sequence[int]) -> Tensor:
@@ -80,14 +95,16 @@ class Granularity(Protocol):
         ...
 
 
-def check_fraction(value: float, name: str, where: str = "") -> float:
-    """Return `value` if it lies in [0, 1).
+def check_fraction(value: float, name: str, where: str = "", closed: bool = False) -> float:
+    """Return `value` if it lies in [0, 1); in [0, 1] if `closed`.
 
     Raises:
         TdError: it does not, or is no number.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise TdError(f"{name} must be a fraction in [0, 1)", where=where, got=value, fix="for example 0.75")
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and 0.0 <= value <= 1.0
+    if not number or (value == 1.0 and not closed):
+        span = "[0, 1]" if closed else "[0, 1)"
+        raise TdError(f"{name} must be a fraction in {span}", where=where, got=value, fix="for example 0.75")
     return float(value)
 
 
@@ -98,14 +115,23 @@ class Recipe:
     Attributes:
         criterion: importance of each weight.
         granularity: what is ranked and dropped together.
-        drop_rate: α, the chance in [0, 1) that a candidate is dropped in a training forward.
+        drop_rate: α, the chance in [0, 1] that a candidate is dropped in a training forward; 1 prunes, 0 leaves the
+            training alone.
         sparsity_schedule: multiplies `sparsity_level`; called with the share of the ramp that is done.
         drop_schedule: multiplies `drop_rate`; called likewise.
         sampler: ``"group"`` draws once per group, ``"weight"`` once per weight (the authors' code for units).
+            ``"uninformed"`` draws once per group among all of them, and what stays is divided by 1 - α: γ and the
+            ranking then count in evaluation and in `squash_mask` only.
+        regrowth: what the importance of a dropped group is multiplied by when the weights are ranked the next time. 1:
+            it counts as any other; below, the ranking has a memory, saved with the sparsifier; 0: it never comes back.
+        gradient: ``"kept"``: what is dropped gets none. ``"all"``: it gets that of the masked weight, so that it goes
+            on learning.
+        rates: how γ is spread over the tensors whenever they are ranked (`td_plugin.rates`); None: each has its own.
         name: what reports and provenance call it.
 
     Raises:
-        TdError: `drop_rate` outside [0, 1) or an unknown `sampler`.
+        TdError: `drop_rate` or `regrowth` outside [0, 1], `drop_rate` 1 where all is dropped with that chance, an
+            unknown `sampler` or `gradient`.
     """
 
     criterion: Criterion
@@ -113,15 +139,36 @@ class Recipe:
     drop_rate: float = 0.5
     sparsity_schedule: Schedule = Constant()
     drop_schedule: Schedule = Constant()
-    sampler: Literal["group", "weight"] = "group"
+    sampler: Literal["group", "weight", "uninformed"] = "group"
+    regrowth: float = 1.0
+    gradient: Literal["kept", "all"] = "kept"
+    rates: Rates | None = None
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
-        check_fraction(self.drop_rate, "drop_rate (α)", where=f"recipe {self.name!r}")
-        if self.sampler not in ("group", "weight"):
-            raise TdError("unknown sampler", where=f"recipe {self.name!r}", got=self.sampler, fix="'group' or 'weight'")
+        where = f"recipe {self.name!r}"
+        check_fraction(self.drop_rate, "drop_rate (α)", where, closed=not self.uninformed)
+        check_fraction(self.regrowth, "regrowth", where, closed=True)
+        if self.sampler not in ("group", "weight", "uninformed"):
+            raise TdError("unknown sampler", where=where, got=self.sampler, fix="'group', 'weight' or 'uninformed'")
+        if self.gradient not in ("kept", "all"):
+            raise TdError("unknown gradient", where=where, got=self.gradient, fix="'kept' or 'all'")
+
+    @property
+    def uninformed(self) -> bool:
+        """Whether training drops groups whatever their importance, and rescales the others."""
+        return self.sampler == "uninformed"
 
     @property
     def ramps(self) -> bool:
         """Whether γ or α changes over the run, so that something must drive the schedules."""
         return not (isinstance(self.sparsity_schedule, Constant) and isinstance(self.drop_schedule, Constant))
+
+    def level(self, asked: float | None) -> float:
+        """γ, checked; where none is asked for, 0.5, or 0 if the training does not need one.
+
+        Raises:
+            TdError: `asked` outside [0, 1).
+        """
+        default = 0.0 if self.uninformed else 0.5
+        return check_fraction(default if asked is None else asked, "sparsity_level (γ)")

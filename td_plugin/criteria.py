@@ -24,6 +24,22 @@ def magnitude(evidence: Evidence) -> Tensor:
     return evidence.weight.float().abs()
 
 
+def standardized(evidence: Evidence) -> Tensor:
+    """``|w| / std(w)``: magnitudes in standard deviations of their tensor, which can be compared between tensors.
+
+    A tensor without spread is taken as it is. Han et al. 2015, arXiv 1506.02626, section 3 (the quality parameter).
+
+    Args:
+        evidence: `weight`, ``[*w]``.
+
+    Returns:
+        ``[*w]`` float32.
+    """
+    weight = evidence.weight.float()
+    deviation = weight.std(correction=0)
+    return weight.abs() / torch.where(deviation > 0, deviation, 1.0)
+
+
 def random(evidence: Evidence) -> Tensor:
     """A fixed random ranking, a function of the seed and the tensor's name: the control of every pruning paper.
 

@@ -2,7 +2,8 @@
 
 Every granularity maps the importances of a target's tensors to ``[pools, groups]`` and a choice of groups back to a
 mask that broadcasts to each tensor. `OutputRow` and `WholeTensor` work on one tensor; `Units` works on all tensors
-that make the units of one group (the q, k and v projections of a layer's heads, say).
+that make the units of one group (the q, k and v projections of a layer's heads, say). `NM` and `Block` are in
+`td_plugin.patterns`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from td_plugin.errors import TdError
+from td_plugin.patterns import NM, Block
 from td_plugin.units import Kind, Slice
+
+__all__ = ["KINDS", "NM", "Block", "Members", "OutputRow", "Units", "WholeTensor"]
 
 Members = Literal["all", "producers"]
 """Whose importances make that of a unit: every tensor it runs through, or those that compute it."""
@@ -32,7 +36,25 @@ class OutputRow:
     """Single weights, ranked within the weights of one output (a row of a Linear, a filter of a convolution).
 
     The paper's scheme: every output keeps the same number of inputs. Gomez et al., arXiv 1905.13678, section 3.
+
+    Attributes:
+        keeps: how many weights of every output stay when a ramp is done, whatever their number (Xtreme-k, section 5.3);
+            None where γ says it.
+
+    Raises:
+        TdError: `keeps` below 1.
     """
+
+    keeps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keeps is not None and (isinstance(self.keeps, bool) or self.keeps < 1):
+            raise TdError("an output keeps at least one weight", where="keeps", got=self.keeps, fix="for example 3")
+
+    @property
+    def single(self) -> bool:
+        """Groups are single weights."""
+        return True
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -69,6 +91,16 @@ class WholeTensor:
         """The tensor itself."""
         return "producers"
 
+    @property
+    def single(self) -> bool:
+        """Groups are single weights."""
+        return True
+
+    @property
+    def keeps(self) -> int | None:
+        """γ decides."""
+        return None
+
     def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
         """``[*w] -> [1, weights]``."""
         return importances[0].reshape(1, -1)
@@ -102,6 +134,16 @@ class Units:
             raise TdError("unknown kinds of units", got=self.kinds, fix=f"a non-empty choice of {get_args(Kind)}")
         if self.members not in get_args(Members):
             raise TdError("unknown members", got=self.members, fix="'all' or 'producers'")
+
+    @property
+    def single(self) -> bool:
+        """Groups are units."""
+        return False
+
+    @property
+    def keeps(self) -> int | None:
+        """γ decides."""
+        return None
 
     def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
         """``[*w] each -> [1, units]``; as many units as the slices name, a slice may name a few of them only."""

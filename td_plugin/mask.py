@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from td_plugin.masking import select
+from td_plugin.masking import masked, select
 from td_plugin.remaking import note
 
 
@@ -45,14 +45,22 @@ class Mask:
         fqn: fully qualified name of the tensor.
         keep: what this training step keeps, as `masking.select` takes it; None before the first draw. It is
             replaced, never edited: the graph of an earlier forward still holds the old one.
+        scale: what training multiplies the rest by.
+        through: whether dropped entries get the gradient of the masked ones.
     """
 
-    def __init__(self, source: MaskSource, fqn: str) -> None:
-        self.source, self.fqn = source, fqn
+    def __init__(self, source: MaskSource, fqn: str, through: bool = False) -> None:
+        self.source, self.fqn, self.through = source, fqn, through
         self.keep: Tensor | None = None
+        self.scale = 1.0
         self._eval_keep: Tensor | None = None
         self._cached: Tensor | None = None
         self._cache_key: tuple[object, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the masked value is the dense one or 0, and its gradient too."""
+        return self.scale == 1.0 and not self.through
 
     def keep_of(self, dense: Tensor, training: bool) -> Tensor | None:
         """What the layer keeps of `dense` now; None if all of it."""
@@ -65,10 +73,12 @@ class Mask:
         return self._settled(dense)
 
     def apply(self, dense: Tensor, training: bool) -> Tensor:
-        """The value the layer computes with, ``[*w]``; the gradient of a dropped entry is zero."""
+        """The value the layer computes with, ``[*w]``; the gradient of a dropped entry is zero, but for `through`."""
         keep = self.keep_of(dense, training)
         if keep is None:
             return dense
+        if not self.plain and (training or torch.is_grad_enabled()):
+            return masked(keep, dense, self.scale if training else 1.0, self.through)
         if torch.compiler.is_compiling():
             return select(keep, dense)
         if training or torch.is_grad_enabled():

@@ -43,6 +43,20 @@ def select(keep: Tensor, dense: Tensor) -> Tensor:
     return torch.where(keep, dense, dense.new_zeros(()))
 
 
+def masked(keep: Tensor, dense: Tensor, scale: float, through: bool) -> Tensor:
+    """`select`, times `scale`, or with another gradient.
+
+    Args:
+        keep: as for `select`.
+        dense: ``[*w]``.
+        scale: of what stays.
+        through: whether the gradient passes to what is dropped as well (a straight-through estimate): it is the one
+            with respect to the result, times `scale`.
+    """
+    value = select(keep, dense.detach()) + (dense - dense.detach()) if through else select(keep, dense)
+    return value if scale == 1.0 else value * scale
+
+
 def zero_(dense: Tensor, keep: Tensor) -> None:
     """Write 0 into `dense` where not `keep`, in place; both as for `select`."""
     keep = keep.to(dense.device)

@@ -25,6 +25,11 @@ def count(fraction: float, n: int) -> int:
     return min(int(fraction * n + 1e-9), max(n - 1, 0) if fraction < 1 else n)
 
 
+def share(number: int, n: int) -> float:
+    """A γ below 1 of which `count` makes `number`, however large `n` is: half a group above it."""
+    return 0.0 if number == 0 else min((number + 0.5) / n, 1.0 - 0.5 / n)
+
+
 @dataclass(frozen=True)
 class Cut:
     """Where every pool is cut: below it lie the candidates. A few bytes per pool stand for a flag per weight.

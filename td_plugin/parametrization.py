@@ -112,7 +112,7 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
     """What a masked `nn.Linear` gives, at a lower price; None if it has to go the way of all layers."""
     dense, found = module._parameters.get("weight"), masks.by_name.get("weight", [])
-    if dense is None or len(found) != 1 or not masked_linear.serves(x, dense):
+    if dense is None or len(found) != 1 or not found[0].plain or not masked_linear.serves(x, dense):
         return None
     keep = found[0].keep_of(dense, module.training)
     return None if keep is None else masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]

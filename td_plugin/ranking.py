@@ -15,6 +15,7 @@ from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
 from td_plugin.masks import Cut, cut
 from td_plugin.members import Member
+from td_plugin.memory import Memory
 
 T = TypeVar("T")
 
@@ -27,10 +28,13 @@ class Ranking:
 
     Attributes:
         generation: counts how often the candidates were found anew.
+        memory: what training dropped last, for recipes that remember it; None for the others.
     """
 
-    def __init__(self, recipe: Recipe, members: Sequence[Member]) -> None:
+    def __init__(self, recipe: Recipe, members: Sequence[Member], memory: Memory | None, learns: bool) -> None:
+        """`learns`: whether what is found here goes into `memory`, as it does in training."""
         self._recipe, self._members = recipe, members
+        self.memory, self._learns = memory, learns
         self._cut: Cut | None = None
         self._found: Tensor | None = None
         self._key: tuple[object, ...] | None = None
@@ -51,7 +55,7 @@ class Ranking:
         groups = self._recipe.granularity.to_groups(scores, [m.slice for m in self._members])
         if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
             raise self._not_finite()
-        return groups
+        return groups if self.memory is None else self.memory.handicapped(groups, self._recipe.regrowth)
 
     def _score(self, member: Member, seed: int) -> Tensor:
         if self._recipe.criterion is magnitude and self._recipe.granularity.kinds:
@@ -60,16 +64,26 @@ class Ranking:
 
     def _rows(self) -> Tensor | None:
         """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None."""
-        weight = self._members[0].parameter.detach()
-        if self._recipe.criterion is not magnitude or self._recipe.granularity.kinds or not kernels.serves(weight):
+        weight, known = self._members[0].parameter.detach(), self._recipe.criterion is magnitude
+        if not known or not self._recipe.granularity.single or self.memory is not None or not kernels.serves(weight):
             return None
         return self._recipe.granularity.to_groups([weight], [self._members[0].slice]).contiguous()
 
     def _now(self, level: float, seed: int) -> tuple[object, ...]:
         """What the candidates depend on."""
+        # What is learned here is found again from itself.
+        remembered = 0 if self.memory is None or self._learns else self.memory.version
+        return (level, seed, remembered, self.versions())
+
+    def versions(self) -> tuple[object, ...]:
+        """What changes when the weights do."""
         parameters = [m.parameter for m in self._members]
-        versions = tuple(0 if p.is_inference() else p._version for p in parameters)
-        return (level, seed, versions, tuple(p.data_ptr() for p in parameters))
+        return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters)
+
+    @property
+    def settled(self) -> bool:
+        """Whether candidates have been found since `expire`."""
+        return self._key is not None
 
     def _valid(self, level: float, seed: int, hold: bool) -> bool:
         return self._key is not None and (hold or self._key == self._now(level, seed))
@@ -97,6 +111,8 @@ class Ranking:
             importance = self.importance(seed)
             found = cut(importance, level)
             self._found = found.candidates(importance)
+            if self.memory is not None and self._learns:
+                self.memory.set(self._found)
             return self._keep(found, level, seed)
         return self._keep(self._finite(kernels.cut(rows, level, self._cut)), level, seed)
 

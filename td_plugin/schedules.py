@@ -75,6 +75,48 @@ class Cubic:
 
 
 @dataclass(frozen=True)
+class After:
+    """0 before `begin`, 1 from then on.
+
+    "Delayed" pruning in the authors' code of targeted dropout: nothing until a step, then all of it.
+    """
+
+    begin: float = 0.5
+
+    def __call__(self, time: float) -> float:
+        """Return 0 or 1."""
+        return float(time >= self.begin)
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """`steps` equal steps up to 1: 0 before `begin`, the last one at `end`, the others evenly between.
+
+    Prune, retrain, prune again: Han et al. 2015, arXiv 1506.02626, section 3.
+
+    Raises:
+        TdError: `begin` is not before `end`, or `steps` is below 1.
+    """
+
+    begin: float = 0.0
+    end: float = 1.0
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        _check_span(self.begin, self.end)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise TdError("a staircase has at least one step", got=repr(self.steps), fix="for example 5")
+
+    def __call__(self, time: float) -> float:
+        """Return the fraction at `time`."""
+        if time < self.begin:
+            return 0.0
+        done = 1.0 if self.steps == 1 else _share(time, self.begin, self.end)
+        # The slack keeps the last step at `end`, where the sums of floats fall short.
+        return min(int(done * (self.steps - 1) + 1e-9) + 1, self.steps) / self.steps
+
+
+@dataclass(frozen=True)
 class Piecewise:
     """Straight lines between ``(time, fraction)`` points; the first and last fraction hold outside them.
 

@@ -158,7 +158,8 @@ def _named_by(model: nn.Module, recipe: Recipe, config: list[dict[str, Any]], st
 
 def _named(model: nn.Module, recipe: Recipe, name: str, entry: dict[str, Any], groups: dict[str, UnitGroup]) -> Choice:
     """The target that one entry asks for; `groups` by the names of their ranked tensors."""
-    overrides = {key: check_fraction(entry[key], key, where=name) for key in _CONFIG_KEYS[1:] if key in entry}
+    closed = {"sparsity_level": False, "drop_rate": not recipe.uninformed}
+    overrides = {key: check_fraction(entry[key], key, name, closed[key]) for key in closed if key in entry}
     module_name, _, tensor = name.rpartition(".")
     module = model.get_submodule(module_name)
     weight = Slice(module_name, tensor, _named_output_dim(name, module))

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
-from td_plugin.contract import Recipe, check_fraction
+from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.notices import NOT_DRIVEN, NOTHING_ZEROED, warn_of_stuck_units
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
-from td_plugin.state import kept_params, merged_masks, restore_levels, set_levels, snapshot_levels
-from td_plugin.target import EvalMask, Switches, Target, make_targets
+from td_plugin.state import kept_params, merged_masks, restore, set_levels, snapshot
+from td_plugin.target import EvalMask, Switches, Target
+from td_plugin.targets import make_targets
 
 
 class TargetedDropout(BaseSparsifier):
@@ -29,13 +30,16 @@ class TargetedDropout(BaseSparsifier):
     `step()` before each training forward (or once per optimizer step, and `redraw()` before the further micro-batches).
 
     Names, order and identity of the parameters and the keys of `model.state_dict()` do not change, so optimizers and
-    checkpoints made before or after `prepare` fit. Masks follow from the dense weights; the only state is the step.
+    checkpoints made before or after `prepare` fit. Masks follow from the dense weights and the step (and from what was
+    dropped before, where `Recipe.regrowth` is below 1).
 
     Args:
         recipe: which method, from `td_plugin.recipes` or composed.
-        sparsity_level: γ in [0, 1), of every pool unless the config of `prepare` says otherwise.
+        sparsity_level: γ in [0, 1) of every pool, but for what the config of `prepare` or the recipe (2:4) says; None:
+            0.5, or 0 where training needs no γ, so that evaluation is dense (`dropconnect`).
         seed: of the draws.
-        eval_mask: ``"pruned"``: evaluation drops all candidates. ``"dense"``: evaluation drops nothing.
+        eval_mask: ``"pruned"``: evaluation drops all candidates; ``"expected"``: it, and `squash_mask`, drops the share
+            γ·α that training does on average (as tensor2tensor); ``"dense"``: it drops nothing.
         refresh_every: rank anew in every n-th step only, and in the first after `state_dict`, so that a resumed run
             does the same; in between the thresholds stay and the number of candidates drifts.
 
@@ -46,7 +50,7 @@ class TargetedDropout(BaseSparsifier):
     def __init__(
         self,
         recipe: Recipe,
-        sparsity_level: float = 0.5,
+        sparsity_level: float | None = None,
         *,
         seed: int = 0,
         eval_mask: EvalMask = "pruned",
@@ -62,8 +66,7 @@ class TargetedDropout(BaseSparsifier):
         self.model: nn.Module | None = None
         self.recipe = recipe
         self.step_count = self.micro_step = 0
-        level = check_fraction(sparsity_level, "sparsity_level (γ)")
-        super().__init__({"sparsity_level": level, "drop_rate": recipe.drop_rate})
+        super().__init__({"sparsity_level": recipe.level(sparsity_level), "drop_rate": recipe.drop_rate})
 
     def __getstate__(self) -> dict[str, Any]:
         # A torch.ao scheduler replaces `step` by a wrapper tied to this very object: a copy must not carry it.
@@ -207,21 +210,13 @@ class TargetedDropout(BaseSparsifier):
         for module, values in kept:
             vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []
-        if report.zeros == 0:
+        if report.zeros == 0 and not self.recipe.uninformed:
             warnings.warn(NOTHING_ZEROED, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of plain numbers and strings, JSON-able: the step, the seed, every group's γ and α; no masks."""
+        """A snapshot, JSON-able: the step, the seed, every group's γ and α, and what a recipe with memory remembers."""
         self._switches.refresh_now = True
-        return {
-            "version": 1,
-            "recipe": self.recipe.name,
-            "seed": self._switches.seed,
-            "step_count": self.step_count,
-            "micro_step": self.micro_step,
-            "enable_mask_update": self.enable_mask_update,
-            "groups": snapshot_levels(self.groups),
-        }
+        return snapshot(self, self._targets)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Go on where `state_dict()` was taken. Load the model's weights first: the masks are drawn from them.
@@ -234,7 +229,7 @@ class TargetedDropout(BaseSparsifier):
             TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
         """
         self._prepared()
-        restore_levels(self.groups, self.recipe.name, state_dict, strict)
+        restore(self._targets, self.recipe.name, state_dict, strict)
         self._switches.seed, self._switches.refresh_now = int(state_dict["seed"]), True
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])

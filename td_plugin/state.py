@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.target import Target
+
+if TYPE_CHECKING:
+    from td_plugin.sparsifier import TargetedDropout
 
 _KEYS = {"version", "recipe", "seed", "step_count", "micro_step", "enable_mask_update", "groups"}
 _LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
@@ -22,27 +26,36 @@ def set_levels(groups: list[dict[str, Any]], recipe: Recipe, time: float) -> Non
         group["drop_rate"] = group["target_drop_rate"] * recipe.drop_schedule(time)
 
 
-def snapshot_levels(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Name, γ and α of every group, copied."""
-    return [{key: group[key] for key in ("tensor_fqn", *_LEVELS)} for group in groups]
+def snapshot(sparsifier: TargetedDropout, targets: Iterable[Target]) -> dict[str, Any]:
+    """What `TargetedDropout.state_dict` gives: of every target name, γ, α and what its ranking remembers, copied."""
+    groups = [{**{key: t.config[key] for key in ("tensor_fqn", *_LEVELS)}, **t.snapshot()} for t in targets]
+    return {
+        "version": 1,
+        "recipe": sparsifier.recipe.name,
+        "seed": sparsifier.seed,
+        "step_count": sparsifier.step_count,
+        "micro_step": sparsifier.micro_step,
+        "enable_mask_update": sparsifier.enable_mask_update,
+        "groups": groups,
+    }
 
 
-def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, Any], strict: bool) -> None:
-    """Write the saved levels into `groups`; `state` is left unchanged.
+def restore(targets: Iterable[Target], recipe: str, state: dict[str, Any], strict: bool) -> None:
+    """Write the saved levels and memories into `targets`; `state` is left unchanged.
 
     Args:
-        groups: live ones.
+        targets: live ones.
         recipe: name of the recipe here.
         state: from `TargetedDropout.state_dict`.
-        strict: whether other groups or another recipe are an error or a warning.
+        strict: whether other targets or another recipe are an error or a warning.
 
     Raises:
-        TdError: no state of ours, or (strict) one of another set-up.
+        TdError: no state of ours, a damaged one, or (strict) one of another set-up.
     """
     if not isinstance(state, dict) or not set(state) >= _KEYS:
         raise TdError("not a state of TargetedDropout", got=repr(state)[:80], fix="pass what state_dict() returned")
     saved = {group["tensor_fqn"]: group for group in state["groups"]}
-    here = {group["tensor_fqn"]: group for group in groups}
+    here = {target.config["tensor_fqn"]: target for target in targets}
     if state["recipe"] != recipe or set(saved) != set(here):
         problem = TdError(
             "the state belongs to another set-up",
@@ -54,7 +67,8 @@ def restore_levels(groups: list[dict[str, Any]], recipe: str, state: dict[str, A
             raise problem
         warnings.warn(str(problem), stacklevel=3)
     for name in set(saved) & set(here):
-        here[name].update({key: saved[name][key] for key in _LEVELS})
+        here[name].config.update({key: saved[name][key] for key in _LEVELS})
+        here[name].restore(saved[name])
 
 
 def kept_params(

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from td_plugin.bits import flags_of, ones, pack
-from td_plugin.choices import Choice
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.mask import Mask
 from td_plugin.masks import draw, draw_key
-from td_plugin.members import Member, holders_of, members_of
+from td_plugin.members import Member
+from td_plugin.memory import Memory
 from td_plugin.parametrization import attach
+from td_plugin.pool import Together
 from td_plugin.ranking import Ranking
 from td_plugin.report import SparsityRow
-from td_plugin.units import Slice
 
-EvalMask = Literal["pruned", "dense"]
+EvalMask = Literal["pruned", "expected", "dense"]
+"""What evaluation drops: the share γ of every pool, the share γ·α that training drops on average, or nothing."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Switches:
     def __post_init__(self) -> None:
         every = self.refresh_every
         if self.eval_mask not in get_args(EvalMask):
-            raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned' or 'dense'")
+            raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned', 'expected' or 'dense'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
 
@@ -55,6 +55,9 @@ class Target:
         config: the live entry of `sparsifier.groups`; schedulers write `sparsity_level` into it.
         members: the masked ones, ranked ones first.
         owner: the sparsifier, weakly.
+        place: its index among the targets.
+        memory: what its ranking remembers, for recipes that have it remember.
+        together: gives the targets their γ, for recipes with `rates`.
     """
 
     def __init__(self, recipe: Recipe, config: dict[str, Any], members: list[Member], switches: Switches) -> None:
@@ -62,9 +65,12 @@ class Target:
         self.owner: weakref.ref[object] | None = None
         self.members = [m for m in members if m.masked]
         ranked = [m for m in members if m.ranked]
+        self.place, self.together = 0, cast("Together | None", None)
+        self.memory = Memory() if recipe.regrowth < 1 else None
         # Two, because evaluation must not move the thresholds of training.
-        self._sampled, self._shipped = Ranking(recipe, ranked), Ranking(recipe, ranked)
-        self.masks = [Mask(self, m.fqn) for m in self.members]
+        self._sampled = Ranking(recipe, ranked, self.memory, learns=True)
+        self._shipped = Ranking(recipe, ranked, self.memory, learns=False)
+        self.masks = [Mask(self, m.fqn, recipe.gradient == "all") for m in self.members]
         for member, mask in zip(self.members, self.masks, strict=True):
             for module, name in ((member.module, member.slice.tensor), *member.tied):
                 attach(module, name, mask)
@@ -89,26 +95,48 @@ class Target:
 
     def level(self, key: str) -> float:
         """A fraction of the config, checked: schedulers write there without a check of their own."""
-        return check_fraction(self.config[key], key, where=self.name)
+        closed = key.endswith("drop_rate") and not self.recipe.uninformed
+        return check_fraction(self.config[key], key, self.name, closed)
 
-    @property
-    def shipped_level(self) -> float:
-        """γ of evaluation and of `squash_mask`: the target where one is set, else what the schedule is at."""
-        return self.level("sparsity_level" if self.config["eval_sparsity_level"] is None else "eval_sparsity_level")
+    def asked(self, training: bool) -> float:
+        """γ of the config: of training, or of evaluation and `squash_mask`.
+
+        The latter is the target where one is set, else what the schedule is at.
+        """
+        aimed = not training and self.config["eval_sparsity_level"] is not None
+        level = self.level("eval_sparsity_level" if aimed else "sparsity_level")
+        if training or self.switches.eval_mask != "expected":
+            return level
+        return level * self.level("target_drop_rate" if aimed else "drop_rate")
+
+    def ranking(self, training: bool) -> Ranking:
+        """The ranking of training, or of what ships."""
+        return self._sampled if training else self._shipped
+
+    def gamma(self, training: bool, hold: bool = False) -> float:
+        """Where the pools are cut: what is asked for, or this target's share of what all are asked for together."""
+        asked = self.asked(training)
+        if self.together is None or (hold and self._sampled.settled):
+            return asked
+        if self.memory is not None and self.memory.asked == asked and self.recipe.regrowth == 0:
+            return self.memory.share  # nothing comes back, so nothing more goes before γ moves
+        return self.together.level(self, training, self.switches.seed)
 
     def settle(self) -> int:
         """Bring the shipped candidates up to date; the result changes whenever they are found anew."""
-        self._shipped.cut(self.shipped_level, self.switches.seed)
+        self._shipped.cut(self.gamma(False), self.switches.seed)
         return self._shipped.generation
 
-    def expire(self) -> None:
-        """Find the shipped candidates anew when they are next needed."""
-        self._shipped.expire()
+    def expire(self, training: bool = False) -> None:
+        """Find the shipped candidates, or those of training, anew when they are next needed."""
+        self.ranking(training).expire()
+        if self.together is not None:
+            self.together.expire(self, training)
 
     def keep_mask(self, mask: Mask) -> Tensor:
         """The deterministic keep-mask of one member, as `masking.select` takes it."""
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
-            return self._keeps(self._shipped, self.shipped_level, False, 1.0, 0)[self.masks.index(mask)]
+            return self._keeps(self._shipped, self.gamma(False), False, 1.0, 0)[self.masks.index(mask)]
 
     def _keeps(self, ranking: Ranking, level: float, hold: bool, rate: float, key: int) -> list[Tensor]:
         """Every member's keep-mask when the draw `key` drops candidates at `rate`, as `masking.select` takes it."""
@@ -142,32 +170,51 @@ class Target:
             micro_step: index of the forward within the step.
             fresh: rank the weights anew, whatever their version counters say.
         """
-        seed, every = self.switches.seed, self.switches.refresh_every
+        every, rate = self.switches.refresh_every, self.level("drop_rate")
+        if rate == 0 and self.level("target_drop_rate") == 0:
+            return  # nothing is ever dropped in training: no mask, no ranking
         if fresh and (self.switches.refresh_now or step % every == 0):
-            self._sampled.expire()
-        level, rate = self.level("sparsity_level"), self.level("drop_rate")
-        key = draw_key(seed, step, micro_step, self.name)
-        by_group = self.recipe.sampler == "group"
+            self.expire(training=True)
+        level = 1.0 if self.recipe.uninformed else self.gamma(True, every > 1)
+        key = draw_key(self.switches.seed, step, micro_step, self.name)
+        by_group, before = self.recipe.sampler != "weight", self._sampled.generation
         keeps = self._keeps(self._sampled, level, every > 1, rate if by_group else 1.0, key)
+        if self.memory is not None and self._sampled.generation != before:
+            self.memory.asked = self.asked(True)
         for member, mask, keep in zip(self.members, self.masks, keeps, strict=True):
             mask.keep = keep
             if not by_group:
-                key, shape = draw_key(seed, step, micro_step, member.fqn), member.parameter.shape
+                key, shape = draw_key(self.switches.seed, step, micro_step, member.fqn), member.parameter.shape
                 mask.keep = pack(flags_of(keep, shape) | ~draw(shape, rate, key, keep.device))
+            if self.recipe.uninformed and member.module is self.members[-1].module:
+                mask.scale = 1.0 / (1.0 - rate)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the ranking remembers, JSON-able; empty for recipes without memory."""
+        return {} if self.memory is None else {"memory": self.memory.snapshot()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `snapshot` gave.
+
+        Raises:
+            TdError: a damaged memory.
+        """
+        if self.memory is not None:
+            self.memory.restore(saved.get("memory", {}), self.name)
 
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""
-        level, seed = self.shipped_level, self.switches.seed
+        level, seed, granularity = self.gamma(False), self.switches.seed, self.recipe.granularity
         pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
         keeps = self._keeps(self._shipped, level, False, 1.0, 0)
         zeros = sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
         groups, dropped = pairs[0][0].numel(), zeros  # of single weights; a flag for each is not made twice
-        if self.recipe.granularity.kinds:
+        if not granularity.single:
             candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
             groups, dropped = candidates.numel(), int(candidates.sum())
         return SparsityRow(
             tensor=self.name,
-            kind="units" if self.recipe.granularity.kinds else "weights",
+            kind="units" if granularity.kinds else "weights" if granularity.single else "blocks",
             groups=groups,
             dropped=dropped,
             elements=sum(_owned(member) for member in self.members),
@@ -189,37 +236,3 @@ def _zeros(keep: Tensor, parameter: Tensor) -> int:
         return parameter.numel() - ones(keep)
     # A mask of one entry per unit stands for equally many scalars each.
     return (keep.numel() - int(keep.count_nonzero())) * parameter.numel() // keep.numel()
-
-
-def make_targets(
-    model: nn.Module, recipe: Recipe, choices: Sequence[Choice], defaults: dict[str, Any], switches: Switches
-) -> list[Target]:
-    """Put masks on the tensors of `choices`; each config holds torch.ao's keys, the levels now and their targets.
-
-    Args:
-        model: the whole model.
-        recipe: how to rank and draw.
-        choices: from `td_plugin.selection.select`.
-        defaults: γ and α where a choice has none of its own.
-        switches: shared by all targets of a sparsifier.
-    """
-    holders = holders_of(model)
-    targets = []
-    for choice in choices:
-        config = _config(model, choice.ranked[0], {**defaults, **choice.overrides})
-        targets.append(Target(recipe, config, members_of(model, choice, holders), switches))
-    return targets
-
-
-def _config(model: nn.Module, first: Slice, levels: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "module": model.get_submodule(first.module),
-        "module_fqn": first.module,
-        "tensor_name": first.tensor,
-        "tensor_fqn": first.fqn,
-        "sparsity_level": levels["sparsity_level"],
-        "drop_rate": levels["drop_rate"],
-        "target_sparsity_level": levels["sparsity_level"],
-        "target_drop_rate": levels["drop_rate"],
-        "eval_sparsity_level": None,
-    }

@@ -11,7 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import td_plugin as td
 from td_plugin.criteria import magnitude, random
-from td_plugin.granularity import OutputRow, Units, WholeTensor
+from td_plugin.granularity import NM, Block, WholeTensor
+from td_plugin.rates import Global
 from td_plugin.schedules import Cubic
 
 # Configurations of three-layer transformers whose widths are no multiples of anything convenient.
@@ -25,9 +26,24 @@ RECIPES: dict[str, td.Recipe] = {
     "ramping_targeted_weight": td.recipes.ramping_targeted_weight(0.9),
     "targeted_unit": td.recipes.targeted_unit(0.5),
     "ramping_targeted_unit": td.recipes.ramping_targeted_unit(0.9),
+    "delayed_targeted_weight": td.recipes.delayed_targeted_weight(0.3),
+    "delayed_targeted_unit": td.recipes.delayed_targeted_unit(0.3),
+    "random_weight": td.recipes.random_weight(0.5),
+    "random_unit": td.recipes.random_unit(0.5),
+    "xtreme": td.recipes.xtreme(3, 0.9),
+    "dropconnect": td.recipes.dropconnect(0.3),
+    "unit_dropout": td.recipes.unit_dropout(0.3),
+    "magnitude": td.recipes.magnitude(),
+    "gradual_magnitude": td.recipes.gradual_magnitude(),
+    "gradual_magnitude, global": td.recipes.gradual_magnitude(rates=Global(0.1)),
+    "iterative_magnitude": td.recipes.iterative_magnitude(2, 0.2, 0.8),
+    "iterative_magnitude, quality": td.recipes.iterative_magnitude(2, 0.2, 0.8, quality=0.7),
+    "network_surgery": td.recipes.network_surgery(),
+    "n_m": td.recipes.n_m(1, 2),
+    "block": td.recipes.block(2, 2),
+    "blocks of two tensors, random, with memory": td.Recipe(random, Block(3, 1), 0.5, regrowth=0.5, rates=Global()),
     "whole tensor, cubic": td.Recipe(magnitude, WholeTensor(), 0.5, Cubic(), name="whole tensor"),
-    "random weights": td.Recipe(random, OutputRow(), 0.5, name="random weights"),
-    "units, drawn per weight": td.Recipe(magnitude, Units(), 0.5, sampler="weight", name="units per weight"),
+    "units, drawn per weight": td.recipes.targeted_unit(0.5, members="all", draw="weight"),
 }
 
 
@@ -39,6 +55,7 @@ class ModelCase:
     inputs: Callable[[int], Tensor]
     logits: Callable[[nn.Module, Tensor], Tensor]
     units: bool = True  # whether unit recipes apply
+    even: bool = True  # whether the inputs of every tensor can be divided by two
 
 
 def _plain(model: nn.Module, batch: Tensor) -> Tensor:
@@ -89,7 +106,7 @@ def _gpt2() -> nn.Module:
 
 MODELS: dict[str, ModelCase] = {
     "mlp": ModelCase(_mlp, _floats(8), _plain),
-    "conv": ModelCase(_conv, _floats(3, 5, 5), _plain),
+    "conv": ModelCase(_conv, _floats(3, 5, 5), _plain, even=False),
     "bert": ModelCase(_bert, _tokens, _hugging),
     "gpt2": ModelCase(_gpt2, _tokens, _hugging, units=False),
 }
@@ -98,7 +115,7 @@ MATRIX = [
     (recipe, model)
     for recipe, value in RECIPES.items()
     for model, case in MODELS.items()
-    if case.units or not value.granularity.kinds
+    if (case.units or not value.granularity.kinds) and (case.even or type(value.granularity) is not NM)
 ]
 
 

@@ -73,22 +73,30 @@ def pruned(model: nn.Module, recipe: td.Recipe = WEIGHT, level: float = 0.5) -> 
 # ---- errors of set-up
 
 
-@pytest.mark.parametrize("level", [1.0, -0.01, 2, float("nan"), float("inf"), "0.5", None, True])
+@pytest.mark.parametrize("level", [1.0, -0.01, 2, float("nan"), float("inf"), "0.5", True])
 def test_gamma_outside_its_range(level: Any) -> None:
     with pytest.raises(td.TdError, match=r"sparsity_level \(γ\).*\[0, 1\)"):
         td.TargetedDropout(WEIGHT, level)
 
 
-@pytest.mark.parametrize("rate", [1.0, -0.01, float("nan"), "0.5"])
+@pytest.mark.parametrize("rate", [1.01, -0.01, float("nan"), "0.5", True])
 def test_alpha_outside_its_range(rate: Any) -> None:
-    with pytest.raises(td.TdError, match=r"drop_rate \(α\).*\[0, 1\)"):
+    with pytest.raises(td.TdError, match=r"drop_rate \(α\).*\[0, 1\]"):
         td.recipes.targeted_weight(rate)
 
 
-@pytest.mark.parametrize("key", ["sparsity_level", "drop_rate"])
-def test_an_override_outside_its_range_names_key_and_tensor(key: str) -> None:
-    with pytest.raises(td.TdError, match=rf"{key}.*2\.weight.*1\.0"):
-        make(config=[{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight", key: 1.0}])
+def test_alpha_of_one_prunes_but_what_is_rescaled_cannot_all_go() -> None:
+    assert td.recipes.targeted_weight(1.0).drop_rate == 1.0
+    with pytest.raises(td.TdError, match=r"drop_rate \(α\).*\[0, 1\).*dropconnect"):
+        td.recipes.dropconnect(1.0)
+    with pytest.raises(td.TdError, match=r"drop_rate must be a fraction in \[0, 1\).*0\.weight"):
+        make(td.recipes.dropconnect(), config=[{"tensor_fqn": "0.weight", "drop_rate": 1.0}])
+
+
+@pytest.mark.parametrize(("key", "value"), [("sparsity_level", 1.0), ("drop_rate", 1.5)])
+def test_an_override_outside_its_range_names_key_and_tensor(key: str, value: float) -> None:
+    with pytest.raises(td.TdError, match=rf"{key}.*2\.weight.*{value}"):
+        make(config=[{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight", key: value}])
 
 
 def test_wrong_arguments() -> None:

@@ -1,0 +1,73 @@
+"""γ of every tensor by its shape, as a list for `prepare(config=...)`: uniform, and the rule of Erdős-Rényi-Kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from td_plugin.contract import Recipe, check_fraction
+from td_plugin.criteria import magnitude
+from td_plugin.granularity import WholeTensor
+from td_plugin.selection import Config, select
+
+
+def uniform(
+    model: nn.Module, level: float, config: Config = None, *, first_dense: bool = False
+) -> list[dict[str, Any]]:
+    """The same γ for every tensor, as a config for `prepare`.
+
+    Args:
+        model: not prepared yet.
+        level: γ in [0, 1).
+        config: the tensors, as for `prepare`; None takes all that a weight recipe takes.
+        first_dense: leave the first tensor dense, as Evci et al. do (arXiv 1911.11134, section 3).
+
+    Raises:
+        TdError: γ outside [0, 1), a wrong config.
+    """
+    check_fraction(level, "sparsity_level (γ)")
+    names = _shapes(model, config)
+    return [
+        {"tensor_fqn": name, "sparsity_level": 0.0 if first_dense and i == 0 else level} for i, name in enumerate(names)
+    ]
+
+
+def erk(model: nn.Module, level: float, config: Config = None, *, power: float = 1.0) -> list[dict[str, Any]]:
+    """γ by the Erdős-Rényi-Kernel rule, as a config for `prepare`: small tensors stay denser than large ones.
+
+    The density of a tensor ``[n1, n2, ...]`` is ``ε·((n1 + n2 + ...) / (n1·n2·...))^power``, at most 1, with ε such
+    that the share `level` of all weights goes. Evci et al. 2020, arXiv 1911.11134, section 3(1).
+
+    Args:
+        model: not prepared yet.
+        level: γ in [0, 1), of all tensors together.
+        config: the tensors, as for `prepare`; None takes all that a weight recipe takes.
+        power: 0 is `uniform`.
+
+    Raises:
+        TdError: γ outside [0, 1), a wrong config.
+    """
+    check_fraction(level, "sparsity_level (γ)")
+    shapes = _shapes(model, config)
+    raw = {name: (sum(shape) / shape.numel()) ** power for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while True:
+        sparse = [name for name in shapes if name not in dense]
+        kept = (1.0 - level) * sum(s.numel() for s in shapes.values()) - sum(shapes[n].numel() for n in dense)
+        scale = kept / sum(raw[name] * shapes[name].numel() for name in sparse) if sparse else 0.0
+        full = {name for name in sparse if scale * raw[name] > 1.0}
+        if not full:
+            break
+        dense |= full
+    return [
+        {"tensor_fqn": name, "sparsity_level": 0.0 if name in dense else 1.0 - scale * raw[name]} for name in shapes
+    ]
+
+
+def _shapes(model: nn.Module, config: Config) -> dict[str, torch.Size]:
+    """The tensors that a recipe of single weights would target, by name."""
+    chosen = select(model, Recipe(magnitude, WholeTensor()), config).choices
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {choice.ranked[0].fqn: named[choice.ranked[0].fqn].shape for choice in chosen}
