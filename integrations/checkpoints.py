@@ -10,13 +10,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from td_plugin.errors import TdError
-from td_plugin.export import load_pretrained, save_pretrained, to_cached_onnx, to_onnx, verify
+from td_plugin.export import load_pretrained, save_onnx, save_pretrained, to_cached_onnx, to_onnx, verify
 from td_plugin.export.example_inputs import inputs_for_model
 from td_plugin.export.inspection import GraphInspection, inspect_graph
 from td_plugin.export.optimize import check_optimize
 from td_plugin.export.probes import longest_text, make_parity_batches
+from td_plugin.export.save_onnx import SavedOnnx
 from td_plugin.export.shrink import shrink
 from td_plugin.export.verify import ParityReport
+
+OPSET = 20
+"""Of the ONNX standard operators, unless the user asks for another."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,26 @@ def shrink_checkpoint(directory: Path, output: Path) -> ShrinkResult:
 
 
 def export_checkpoint(
-    directory: Path, output: Path, opset: int = 20, *, optimize: str = "none", cache: bool = False
-) -> GraphInspection:
+    directory: Path, output: Path, opset: int = OPSET, *, optimize: str = "none", cache: bool = False
+) -> GraphInspection | SavedOnnx:
     """Write the checkpoint as ONNX, verified on random inputs.
 
     Args:
         directory: of the checkpoint.
-        output: the file to write.
+        output: the file to write; a name without ``.onnx`` is a directory, written with all that serving needs.
         opset: of the ONNX standard operators.
         optimize: as `to_onnx` takes it.
-        cache: write a decoder with its keys and values, for generating token by token.
+        cache: write a decoder with its keys and values, for generating token by token; a directory always has them.
 
     Raises:
         TdError: the checkpoint cannot be read or exported, the file differs from the model or cannot be written.
     """
+    if output.suffix != ".onnx":
+        if opset != OPSET or output.is_file():
+            got = "a file of this name" if output.is_file() else f"--opset {opset}"
+            raise TdError("a directory is written with the usual opset", where=str(output), got=got, fix="name a .onnx")
+        check_optimize(optimize)
+        return _save_directory(directory, output, optimize)
     if cache and optimize != "none":
         fix = "export --cache, then td-plugin optimize"
         raise TdError("a decoder with a cache is written in fp32", got=f"--optimize {optimize}", fix=fix)
@@ -91,6 +101,13 @@ def export_checkpoint(
     if cache:
         return inspect_graph(to_cached_onnx(model, output, opset=opset))
     return inspect_graph(to_onnx(model, output, inputs_for_model(model), opset=opset, optimize=optimize))
+
+
+def _save_directory(directory: Path, output: Path, optimize: str) -> SavedOnnx:
+    model = load_checkpoint(directory)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the licence of the parent model is unknown")  # the card says so
+        return save_onnx(model, output, parent=directory, optimize=optimize)
 
 
 def verify_checkpoint(directory: Path, file: Path, tolerance: float | None = None) -> ParityReport:

@@ -35,7 +35,7 @@ def shrink(
 
 def export(
     model: ModelDir,
-    output: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    output: Annotated[Path, typer.Argument(help="ONNX file to write; without .onnx a directory, ready to serve.")],
     opset: Annotated[int, typer.Option(min=18, help="ONNX operator set.")] = 20,
     optimize: Annotated[str, typer.Option(help="auto: the fastest form here; or a form, see optimize.")] = "none",
     cache: Annotated[bool, typer.Option("--cache", help="A decoder with its keys and values, to generate.")] = False,

@@ -1,7 +1,10 @@
 """A linear layer under a mask, as one function: what most models consist of, at the lowest price.
 
-The backward makes the masked weight again, as `td_plugin.remaking` does for all layers, and masks the gradient in the
-memory it has just been computed into. Only here is it known that nobody else holds that.
+Single weights: the backward makes the masked weight again, as `td_plugin.remaking` does for all layers, and masks the
+gradient in the memory it has just been computed into. Only here is it known that nobody else holds that.
+
+Whole outputs: what they put out is zeroed, as ordinary dropout does, and no masked weight is made at all. The products
+are those of the plain layer, so the outputs that are kept have the same bits.
 """
 
 from __future__ import annotations
@@ -46,6 +49,47 @@ def masked_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) 
         bias: ``[outputs]``.
     """
     return _MaskedLinear.apply(x, weight, keep, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def silences(weight: Tensor, keep: Tensor, keep_bias: Tensor | None) -> bool:
+    """Whether the masks of weight and bias are one, of whole outputs, as `Target` makes them for units.
+
+    Told by where they lie: comparing them would make the host wait for a GPU in every layer.
+
+    Args:
+        weight: ``[outputs, inputs]``.
+        keep: of the weight, as `masking.select` takes it.
+        keep_bias: of the bias; None if it has no mask.
+    """
+    if keep.dtype != torch.bool or keep.shape != (weight.shape[0], 1) or keep_bias is None:
+        return False
+    return keep_bias.shape == (weight.shape[0],) and keep_bias.data_ptr() == keep.data_ptr() != 0
+
+
+def silenced_linear(x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(x, weight, bias)``, zero at the outputs that are not kept; their gradients are zero, too.
+
+    Args:
+        x: ``[*, inputs]``.
+        weight: ``[outputs, inputs]``, dense.
+        keep: ``[outputs, 1]`` bool.
+        bias: ``[outputs]``, dense.
+    """
+    return _SilencedLinear.apply(x, weight, keep.flatten().to(x), bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SilencedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, keep)
+        return linear(x, weight, bias).mul_(keep)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None]:
+        x, weight, keep = ctx.saved_tensors
+        row_grad, rows = (grads[0] * keep).reshape(-1, keep.shape[0]), x.reshape(-1, x.shape[-1])
+        of_x = (row_grad @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return of_x, row_grad.t() @ rows, None, row_grad.sum(0) if ctx.needs_input_grad[3] else None
 
 
 class _MaskedLinear(torch.autograd.Function):

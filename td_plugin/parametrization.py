@@ -115,7 +115,14 @@ def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
     if dense is None or len(found) != 1 or not found[0].plain or not masked_linear.serves(x, dense):
         return None
     keep = found[0].keep_of(dense, module.training)
-    return None if keep is None else masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
+    if keep is None:
+        return None
+    bias, of_bias = module._parameters.get("bias"), masks.by_name.get("bias", [])
+    if bias is None or len(of_bias) == 1:
+        keep_bias = keep.flatten() if bias is None else of_bias[0].keep_of(bias, module.training)
+        if masked_linear.silences(dense, keep, keep_bias):
+            return masked_linear.silenced_linear(x, dense, keep, bias)
+    return masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

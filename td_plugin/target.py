@@ -148,7 +148,15 @@ class Target:
         if rate < 1:
             dropped = dropped & draw(dropped.shape, rate, key, dropped.device)
         keeps = [~self.recipe.granularity.to_mask(dropped, m.slice, m.parameter.shape) for m in self.members]
-        return keeps if kinds else [pack(keep) for keep in keeps]
+        return self._shared(keeps) if kinds else [pack(keep) for keep in keeps]
+
+    def _shared(self, keeps: list[Tensor]) -> list[Tensor]:
+        """The same masks; those of equal entries, a layer's weight and bias, lie in one place."""
+        made: dict[tuple[int, int], Tensor] = {}
+        return [
+            keep if m.slice.owners else made.setdefault((m.slice.span, keep.numel()), keep).view(keep.shape)
+            for m, keep in zip(self.members, keeps, strict=True)
+        ]
 
     def keep_masks(self) -> dict[str, Tensor]:
         """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import td_plugin as td
-from td_plugin.export import available_providers, benchmark_job
+from td_plugin.export import available_providers, benchmark_job, load_onnx
 
 COMMANDS = ("demo", "finetune", "shrink", "export", "optimize", "quantize", "block-sparse")
 COMMANDS += ("verify", "benchmark", "inspect", "check")
@@ -52,6 +52,17 @@ class TestCommands:
         assert [entry["name"] for entry in timed["files"]] == ["dense", "pruned"]
         assert timed["conditions"]["rounds"] == 5
         assert timed["speedups"][0]["over"] == "dense"
+
+    def test_export_to_a_directory_is_ready_to_serve(self, masked: Path, tmp_path: Path) -> None:
+        served, there = tmp_path / "served", tmp_path / "there"
+        saved = document(run("export", masked, served, "--json"))
+        assert saved["task"] == "text-classification" and {"model.onnx", "README.md"} < set(saved["files"])
+        answer = load_onnx(served)("a b")
+        assert 0 < answer[0]["score"] <= 1 and answer[0]["label"].startswith("LABEL_")
+        refused(run("export", masked, served, "--opset", 18), "--opset 18")
+        there.write_text("mine")
+        refused(run("export", masked, there), "a file of this name")
+        assert there.read_text() == "mine"
 
     def test_benchmark_with_all_its_parts_and_files(self, dense_onnx: Path, tmp_path: Path) -> None:
         (tmp_path / "lengths.txt").write_text("4\n9\n\n17\n")

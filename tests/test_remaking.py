@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import td_plugin as td
 from td_plugin import kernels, mask, masking, remaking
 from td_plugin.bits import flags_of, pack
-from td_plugin.masked_linear import masked_linear
+from td_plugin.masked_linear import masked_linear, silenced_linear, silences
 from td_plugin.parametrization import masks_of
 
 RECIPES = [td.recipes.targeted_weight(0.66), td.recipes.targeted_unit(0.66)]
@@ -209,3 +210,42 @@ def test_shapes_can_be_inferred_without_memory_and_under_autocast(recipe: td.Rec
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(4, 3, 4, 4)).dtype == torch.bfloat16
     assert model.to("meta")(torch.randn(4, 3, 4, 4, device="meta")).shape == (4, 5)
+
+
+class TestSilencedLinear:
+    """Layers whose whole outputs are dropped compute as if the weights were masked, and make no masked weight."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_equals_the_masked_weight_bit_for_bit(self, bias: bool) -> None:
+        torch.manual_seed(0)
+        layer, keep = nn.Linear(24, 10, bias=bias), torch.rand(10, 1) < 0.6
+        x, out = torch.randn(3, 7, 24, requires_grad=True), torch.randn(3, 7, 10)
+        tensors = [x, *layer.parameters()]
+        value = silenced_linear(x, layer.weight, keep, layer.bias)
+        found = torch.autograd.grad(value, tensors, out)
+        masked = linear(x, layer.weight * keep, layer.bias * keep.flatten() if bias else None)
+        expected = torch.autograd.grad(masked, tensors, out)
+        assert torch.equal(value, masked)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+    def test_second_derivatives(self) -> None:
+        torch.manual_seed(0)
+        weight, bias, keep = torch.randn(4, 5).double(), torch.randn(4).double(), torch.tensor([[True], [False]] * 2)
+        inputs = [value.requires_grad_() for value in (torch.randn(3, 5).double(), weight, bias)]
+        assert torch.autograd.gradgradcheck(lambda x, w, b: silenced_linear(x, w, keep, b).tanh(), inputs)
+
+    def test_units_take_it_and_other_masks_do_not(self) -> None:
+        keep = torch.tensor([True, False, True])
+        weight = torch.zeros(3, 2)
+        assert silences(weight, keep.view(3, 1), keep)
+        assert not silences(weight, keep.view(3, 1), keep.clone())  # of another target
+        assert not silences(weight, keep.view(3, 1), None)  # the bias is not masked
+        assert not silences(weight, torch.tensor([[True, False]]), keep)  # inputs are dropped, not outputs
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).train()
+        sparsifier = td.TargetedDropout(td.recipes.targeted_unit(0.9), 0.5)
+        sparsifier.prepare(model)
+        sparsifier.step()
+        layer = model[0]
+        masks = {name: mask.keep for module, name, mask in masks_of(model) if module is layer}
+        weight_keep, bias_keep = masks["weight"], masks["bias"]
+        assert weight_keep is not None and silences(layer.weight, weight_keep, bias_keep)
