@@ -24,7 +24,7 @@ def write(works: list[Any], command: str, args: argparse.Namespace) -> str:
     found = {"command": command, "quick": args.quick, "models": models}
     text = markdown(found)
     with staged_file(args.output / "deploy.json") as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
     with staged_file(args.output / "deploy.md") as path:
         path.write_text(text, encoding="utf-8")
     for name, model in models.items():
@@ -32,6 +32,15 @@ def write(works: list[Any], command: str, args: argparse.Namespace) -> str:
             with staged_file(args.output / f"deploy_{name}.png") as path:
                 plot(model, path)
     return text
+
+
+def rounded(value: Any) -> Any:
+    """Four digits of every number: no clock here knows more."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def collected(work: Any) -> dict[str, Any] | None:
