@@ -1,8 +1,9 @@
 """Targeted dropout for the Hugging Face Trainer: one callback.
 
 The callback keeps no state of its own: the step is the Trainer's `global_step`, the masks follow from the weights, the
-seed and the step. So a resumed run continues bit for bit, `restore_callback_states_from_checkpoint` has nothing to
-restore, and checkpoints carry the keys of the plain model.
+seed and the step, and what a recipe remembers besides goes through `td_plugin.integrations.hf_state`. So a resumed run
+continues bit for bit, `restore_callback_states_from_checkpoint` has nothing to restore, and checkpoints carry the keys
+of the plain model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ try:
     from transformers.utils import logging
 except ImportError as error:
     raise TdError("transformers is not installed", got=error, fix="pip install 'td-plugin[hf]'") from error
+
+from td_plugin.integrations import hf_state
 
 logger = logging.get_logger("td_plugin")
 
@@ -107,6 +110,7 @@ class TargetedDropoutCallback(TrainerCallback):
             raise TdError("two TargetedDropoutCallbacks drive one model", where=type(model).__name__, fix="keep one")
         _DRIVERS[sparsifier] = weakref.ref(self)
         self.sparsifier = sparsifier
+        hf_state.resume(state, sparsifier)
         sparsifier.evaluate_at_target()
         self._set_progress(state)
         report = sparsifier.report()
@@ -126,9 +130,17 @@ class TargetedDropoutCallback(TrainerCallback):
         if self._redraws:
             self._active().redraw()
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What the recipe remembers goes into a checkpoint that follows."""
+        if self.sparsifier is not None and self.sparsifier.groups:  # an evaluation may come before or after training
+            hf_state.keep(args, state, control, self.sparsifier)
+
+    on_epoch_end = on_evaluate = on_step_end
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The next step ranks anew, as the first of a resumed run does."""
         self._active().state_dict()
+        hf_state.forget(state)
 
     def on_log(
         self,
@@ -158,6 +170,7 @@ class TargetedDropoutCallback(TrainerCallback):
     ) -> None:
         """Bake the deterministic masks in; the best checkpoint, if asked for, has been loaded by now."""
         sparsifier = self._active()
+        hf_state.load_best(args, state, sparsifier)
         sparsifier.set_progress(1.0)
         report = sparsifier.report()
         logger.info(f"targeted dropout zeroed {report.sparsity:.1%} of {report.elements:,} targeted scalars\n{report}")

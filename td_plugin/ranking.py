@@ -29,12 +29,12 @@ class Ranking:
     Attributes:
         generation: counts how often the candidates were found anew.
         memory: what training dropped last, for recipes that remember it; None for the others.
+        learns: whether what is found here goes into `memory`, as it does in training.
     """
 
     def __init__(self, recipe: Recipe, members: Sequence[Member], memory: Memory | None, learns: bool) -> None:
-        """`learns`: whether what is found here goes into `memory`, as it does in training."""
         self._recipe, self._members = recipe, members
-        self.memory, self._learns = memory, learns
+        self.memory, self.learns = memory, learns
         self._cut: Cut | None = None
         self._found: Tensor | None = None
         self._key: tuple[object, ...] | None = None
@@ -72,7 +72,7 @@ class Ranking:
     def _now(self, level: float, seed: int) -> tuple[object, ...]:
         """What the candidates depend on."""
         # What is learned here is found again from itself.
-        remembered = 0 if self.memory is None or self._learns else self.memory.version
+        remembered = 0 if self.memory is None or self.learns else self.memory.version
         return (level, seed, remembered, self.versions())
 
     def versions(self) -> tuple[object, ...]:
@@ -111,7 +111,7 @@ class Ranking:
             importance = self.importance(seed)
             found = cut(importance, level)
             self._found = found.candidates(importance)
-            if self.memory is not None and self._learns:
+            if self.memory is not None and self.learns:
                 self.memory.set(self._found)
             return self._keep(found, level, seed)
         return self._keep(self._finite(kernels.cut(rows, level, self._cut)), level, seed)

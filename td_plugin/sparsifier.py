@@ -86,6 +86,11 @@ class TargetedDropout(BaseSparsifier):
         return self._switches.seed
 
     @property
+    def remembers(self) -> bool:
+        """Whether weights and step do not say all: `state_dict` must go into a checkpoint for a run to resume."""
+        return any(target.snapshot() for target in self._targets)
+
+    @property
     def state(self) -> dict[str, dict[str, Tensor]]:
         """torch.ao's view: fully qualified tensor name -> ``{"mask": ...}``, the deterministic keep-mask, fresh."""
         return merged_masks([target.keep_masks() for target in self._targets])
@@ -234,7 +239,7 @@ class TargetedDropout(BaseSparsifier):
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
         for target in self._targets if self.step_count else ():
-            target.draw(self.step_count - 1, self.micro_step, fresh=True)
+            target.draw(self.step_count - 1, self.micro_step, fresh=True, learn=False)
 
     def report(self) -> SparsityReport:
         """What the deterministic masks drop, per target and in total; after `squash_mask` the last one."""

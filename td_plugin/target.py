@@ -170,24 +170,26 @@ class Target:
         for mask in self.masks:
             mask.train()
 
-    def draw(self, step: int, micro_step: int, fresh: bool) -> None:
+    def draw(self, step: int, micro_step: int, fresh: bool, learn: bool = True) -> None:
         """Replace every member's training mask by a new sample.
 
         Args:
             step: index of the training step; with `micro_step`, the seed and the name it is the whole state.
             micro_step: index of the forward within the step.
             fresh: rank the weights anew, whatever their version counters say.
+            learn: whether the ranking may remember what it finds. After a restore it has yet to be made by `step`.
         """
         every, rate = self.switches.refresh_every, self.level("drop_rate")
         if rate == 0 and self.level("target_drop_rate") == 0:
             return  # nothing is ever dropped in training: no mask, no ranking
         if fresh and (self.switches.refresh_now or step % every == 0):
             self.expire(training=True)
+        self._sampled.learns = learn
         level = 1.0 if self.recipe.uninformed else self.gamma(True, every > 1)
         key = draw_key(self.switches.seed, step, micro_step, self.name)
         by_group, before = self.recipe.sampler != "weight", self._sampled.generation
         keeps = self._keeps(self._sampled, level, every > 1, rate if by_group else 1.0, key)
-        if self.memory is not None and self._sampled.generation != before:
+        if self.memory is not None and self._sampled.generation != before and learn:
             self.memory.asked = self.asked(True)
         for member, mask, keep in zip(self.members, self.masks, keeps, strict=True):
             mask.keep = keep

@@ -102,7 +102,7 @@ def test_pitfall_1_checkpoints_carry_the_plain_keys(tmp_path: Path) -> None:
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-@pytest.mark.parametrize("recipe", ["weight", "unit", "ramping", "rarely ranked"])
+@pytest.mark.parametrize("recipe", ["weight", "unit", "ramping", "rarely ranked", "surgery", "iterative"])
 @pytest.mark.parametrize("mode", [{}, {"bf16": True}, {"activation_checkpointing": True}], ids=str)
 def test_pitfall_2_resume_mid_epoch_is_bit_exact(tmp_path: Path, recipe: str, mode: dict[str, Any]) -> None:
     def make() -> TargetedDropoutCallback:
@@ -111,6 +111,8 @@ def test_pitfall_2_resume_mid_epoch_is_bit_exact(tmp_path: Path, recipe: str, mo
             "unit": td.recipes.targeted_unit(0.5),
             "ramping": td.recipes.ramping_targeted_unit(0.9),
             "rarely ranked": td.recipes.ramping_targeted_weight(0.9),
+            "surgery": td.recipes.network_surgery(0.5),
+            "iterative": td.recipes.iterative_magnitude(3, 0.0, 0.9, quality=1.0),
         }[recipe]
         return TargetedDropoutCallback(value, 0.5, recipe_steps=8, refresh_every=4 if recipe == "rarely ranked" else 1)
 
