@@ -26,12 +26,16 @@ def make_targets(
         choices: from `td_plugin.selection.select`.
         defaults: γ and α where a choice has none of its own.
         switches: shared by all targets of a sparsifier.
+
+    Raises:
+        TdError: a tensor that the granularity cannot divide; the model is unchanged then.
     """
     holders = holders_of(model)
+    # All levels first: a tensor that the pattern does not fit must leave the others without masks.
+    fixed = [_fixed_level(model, recipe, choice) for choice in choices]
     targets = []
-    for choice in choices:
-        levels = {**defaults, **_fixed_level(model, recipe, choice), **choice.overrides}
-        config = _config(model, choice.ranked[0], levels)
+    for choice, levels in zip(choices, fixed, strict=True):
+        config = _config(model, choice.ranked[0], {**defaults, **levels, **choice.overrides})
         targets.append(Target(recipe, config, members_of(model, choice, holders), switches))
         targets[-1].place = len(targets) - 1
     if recipe.rates is not None:
