@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def test_what_is_shrunk_and_fused_answers_as_the_model_with_zeros(model: dict[st
 
 
 def test_the_ratios_are_medians_of_pairs_within_a_round(folder: Path, model: dict[str, Any]) -> None:
+    near = partial(pytest.approx, rel=1e-3)  # four digits are written
     parts, (setting,) = parts_of(folder), model["settings"]
     assert [part["run"] for part in parts] == [0, 1]
     assert all(len(values) == part["rounds"] == 4 for part in parts for values in part["seconds"].values())
@@ -71,14 +73,14 @@ def test_the_ratios_are_medians_of_pairs_within_a_round(folder: Path, model: dic
             [base / mine for base, mine in zip(part["seconds"][BASE], part["seconds"][name], strict=True)]
             for part in parts
         ]
-        assert row["speedup"]["median"] == pytest.approx(statistics.median(chain(*pairs)))
+        assert row["speedup"]["median"] == near(statistics.median(chain(*pairs)))
         medians = [statistics.median(values) for values in pairs]
-        assert [run["median"] for run in row["runs"]] == pytest.approx(medians)
-        assert row["apart"] == pytest.approx(max(medians) / min(medians) - 1)
+        assert [run["median"] for run in row["runs"]] == near(medians)
+        assert row["apart"] == near(max(medians) / min(medians) - 1)
     half = setting["rows"]["0.5/fp32"]
     dense, small = (level["flops"]["2x16"] for level in model["levels"])
-    assert half["efficiency"]["flop_ratio"] == pytest.approx(dense / small)
-    assert half["efficiency"]["median"] == pytest.approx(half["speedup"]["median"] * small / dense)
+    assert half["efficiency"]["flop_ratio"] == near(dense / small)
+    assert half["efficiency"]["median"] == near(half["speedup"]["median"] * small / dense)
 
 
 def test_what_is_done_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
