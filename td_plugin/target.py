@@ -99,10 +99,7 @@ class Target:
         return check_fraction(self.config[key], key, self.name, closed)
 
     def asked(self, training: bool) -> float:
-        """γ of the config: of training, or of evaluation and `squash_mask`.
-
-        The latter is the target where one is set, else what the schedule is at.
-        """
+        """γ of the config: of training, or of what ships, which is the target where that has been chosen."""
         aimed = not training and self.config["eval_sparsity_level"] is not None
         level = self.level("eval_sparsity_level" if aimed else "sparsity_level")
         if training or self.switches.eval_mask != "expected":
@@ -118,9 +115,13 @@ class Target:
         asked = self.asked(training)
         if self.together is None or (hold and self._sampled.settled):
             return asked
-        if self.memory is not None and self.memory.asked == asked and self.recipe.regrowth == 0:
-            return self.memory.share  # nothing comes back, so nothing more goes before γ moves
+        if self.memory is not None and self._final(asked):
+            return self.memory.share
         return self.together.level(self, training, self.switches.seed)
+
+    def _final(self, asked: float) -> bool:
+        """Whether nothing that was dropped comes back, so that nothing more goes before γ moves."""
+        return self.memory is not None and self.recipe.regrowth == 0 and self.memory.asked == asked
 
     def settle(self) -> int:
         """Bring the shipped candidates up to date; the result changes whenever they are found anew."""
@@ -180,8 +181,9 @@ class Target:
             learn: whether the ranking may remember what it finds. After a restore it has yet to be made by `step`.
         """
         every, rate = self.switches.refresh_every, self.level("drop_rate")
-        if rate == 0 and self.level("target_drop_rate") == 0:
-            return  # nothing is ever dropped in training: no mask, no ranking
+        never = rate == 0 and self.level("target_drop_rate") == 0
+        if never or (rate == 1 and self._sampled.settled and self._final(self.asked(True))):
+            return  # no mask and no ranking, or the masks stay as they are
         if fresh and (self.switches.refresh_now or step % every == 0):
             self.expire(training=True)
         self._sampled.learns = learn

@@ -23,6 +23,7 @@ from transformers import (
 import td_plugin as td
 from td_plugin.integrations.hf import TargetedDropoutCallback
 from td_plugin.parametrization import masked_tensors
+from td_plugin.rates import Global
 
 ROWS, BATCH, ACCUMULATE = 22, 2, 3  # 11 batches an epoch: three full steps and a remainder
 
@@ -123,6 +124,46 @@ def test_pitfall_2_resume_mid_epoch_is_bit_exact(tmp_path: Path, recipe: str, mo
     resumed = make_trainer(tmp_path / "resumed", make_model(seed=9), make(), **mode)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert_equal(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        td.recipes.magnitude(),
+        td.recipes.gradual_magnitude(rates=Global()),
+        td.recipes.iterative_magnitude(),
+        td.recipes.network_surgery(),
+        td.recipes.dropconnect(),
+        td.recipes.unit_dropout(),
+        td.recipes.n_m(),
+        td.recipes.block(),
+        td.recipes.xtreme(),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_every_method_is_one_argument(tmp_path: Path, recipe: td.Recipe) -> None:
+    trainer = make_trainer(tmp_path, make_model(), TargetedDropoutCallback(recipe), max_steps=4, save_strategy="no")
+    trainer.train()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, TargetedDropoutCallback)]
+    assert callback.sparsifier is not None and not masked_tensors(trainer.model)
+    report = callback.sparsifier.report()
+    expected = {"dropconnect": 0.0, "unit_dropout": 0.0, "xtreme": 1 - 3 * 200 / 3456}.get(recipe.name, 0.5)
+    assert report.sparsity == pytest.approx(expected, abs=0.03)
+
+
+def test_the_best_checkpoint_comes_with_what_was_remembered_then(tmp_path: Path) -> None:
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 5e-2}
+    recipe = td.recipes.network_surgery(0.5)
+    mine = TargetedDropoutCallback(recipe, squash=False)
+    trainer = make_trainer(tmp_path, make_model(), mine, metric_for_best_model="loss", **options)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert best.name != f"checkpoint-{last}", "the case needs a best checkpoint that is not the last one"
+    assert mine.sparsifier is not None
+    saved = json.loads((best / "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]["td_plugin"]
+    now = {group["tensor_fqn"]: group["memory"] for group in mine.sparsifier.state_dict()["groups"]}
+    assert now == {group["tensor_fqn"]: group["memory"] for group in saved["groups"]}
 
 
 def test_pitfall_2_the_best_checkpoint_is_loaded_and_then_pruned(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import MATRIX, MODELS, RECIPES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch.ao.pruning import WeightNormSparsifier
 
 import td_plugin as td
 from td_plugin.criteria import magnitude
+from td_plugin.export import shrink
 from td_plugin.granularity import NM, Block, OutputRow, Units, WholeTensor
 from td_plugin.masks import bottom_k, count, share
 from td_plugin.memory import Memory
+from td_plugin.ranking import Ranking
 from td_plugin.rates import Below, Global
 from td_plugin.schedules import After, Stairs
 from td_plugin.units import Slice
@@ -454,7 +457,7 @@ def test_what_iterative_pruning_takes_never_returns_and_what_it_keeps_keeps_its_
         assert torch.equal(sampled(model)[~dropped], parameter.detach()[~dropped])
         gone = dropped
         counts.append(int(dropped.sum()))
-        set_(model, parameter.detach() + torch.where(gone, 9.0, 0.1) * randn(10, 20, seed=i))
+        set_(model, parameter.detach() + torch.where(gone, 9.0, 0.3) * randn(10, 20, seed=i))
     assert counts == [0, 0, 40, 40, 80, 80, 120, 120, 160, 160, 160]
     assert torch.equal(~kept(sparsifier), gone)
 
@@ -482,6 +485,24 @@ def test_the_quality_parameter_sets_the_threshold_once_a_round() -> None:
     assert (now | ~masks[0]).all() and now.sum() > masks[0].sum()
 
 
+def test_between_rounds_of_iterative_pruning_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sparsifier = prepared(td.recipes.iterative_magnitude(2, 0.0, 1.0), randn(10, 20), level=0.8)
+    ranked: list[int] = []
+    importance = Ranking.importance
+
+    def spied(self: Ranking, seed: int) -> Tensor:
+        ranked.append(seed)
+        return importance(self, seed)
+
+    monkeypatch.setattr(Ranking, "importance", spied)
+    for progress, expected in ((0.0, 1), (0.2, 0), (0.4, 0), (1.0, 1), (1.0, 0)):
+        sparsifier.set_progress(progress)
+        sparsifier.step()
+        assert len(ranked) == expected
+        ranked.clear()
+    assert (sampled(model) == 0).sum() == 160
+
+
 def test_the_quality_parameter_stays_within_gamma() -> None:
     _, sparsifier = prepared(td.recipes.iterative_magnitude(1, 0.0, 0.5, quality=3.0), randn(10, 20), level=0.4)
     sparsifier.set_progress(1.0)
@@ -507,6 +528,24 @@ def test_negative_importances_of_what_is_dropped_do_not_rise() -> None:
     memory.set(torch.tensor([[True, True, False, False]]))
     found = memory.handicapped(torch.tensor([[-1.0, 2.0, -1.0, 2.0]]), 0.5)
     assert found.tolist() == [[-2.0, 1.0, -1.0, 2.0]]
+
+
+# ---- what ships
+
+
+@pytest.mark.parametrize(("recipe", "shape"), [row for row in MATRIX if RECIPES[row[0]].granularity.kinds])
+def test_what_shrinks_computes_what_was_masked(recipe: str, shape: str) -> None:
+    case, model = MODELS[shape], build(shape)
+    sparsifier = td.TargetedDropout(RECIPES[recipe], 0.6)
+    sparsifier.prepare(model)
+    sparsifier.set_progress(1.0)
+    sparsifier.step()
+    model.eval()
+    with torch.no_grad():
+        masked = case.logits(model, case.inputs(6))
+        small = shrink(model, round_to=1)
+        torch.testing.assert_close(case.logits(small, case.inputs(6)), masked, atol=1e-5, rtol=1e-4)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 # ---- γ among tensors
