@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from td_plugin import criteria, granularity, layerwise, rates, recipes, schedules
+    from td_plugin import criteria, dropconnect, gates, granularity, layerwise, penalties, rates, recipes, schedules
     from td_plugin.contract import Evidence, Recipe
     from td_plugin.errors import TdError
     from td_plugin.report import SparsityReport
@@ -23,8 +23,11 @@ __all__ = [
     "TargetedDropoutScheduler",
     "TdError",
     "criteria",
+    "dropconnect",
+    "gates",
     "granularity",
     "layerwise",
+    "penalties",
     "rates",
     "recipes",
     "schedules",

@@ -37,6 +37,8 @@ from td_plugin.schedules import Constant
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from td_plugin.gates.contract import Gate
+    from td_plugin.penalties import Penalty
     from td_plugin.rates import Rates
     from td_plugin.units import Slice
 
@@ -127,6 +129,8 @@ class Recipe:
         gradient: ``"kept"``: what is dropped gets none. ``"all"``: it gets that of the masked weight, so that it goes
             on learning.
         rates: how γ is spread over the tensors whenever they are ranked (`td_plugin.rates`); None: each has its own.
+        gate: a learned mask (`td_plugin.gates`); it multiplies the criterion's importance by its own.
+        penalty: on the ranked weights (`td_plugin.penalties`), taken after each step of the user's optimizer.
         name: what reports and provenance call it.
 
     Raises:
@@ -143,6 +147,8 @@ class Recipe:
     regrowth: float = 1.0
     gradient: Literal["kept", "all"] = "kept"
     rates: Rates | None = None
+    gate: Gate | None = None
+    penalty: Penalty | None = None
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:

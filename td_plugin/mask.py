@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from td_plugin.masking import masked, select
+from td_plugin.masking import masked, select, zero_
 from td_plugin.remaking import note
 
 
@@ -32,8 +32,69 @@ class MaskSource(Protocol):
         """Forget that the candidates are up to date: weights may change from here on."""
         ...
 
-    def keep_mask(self, mask: Mask) -> Tensor:
+    def keep_mask(self, mask: TensorMask) -> Tensor:
         """The deterministic keep-mask of one tensor, as `masking.select` takes it."""
+        ...
+
+
+class TensorMask(Protocol):
+    """What a masked module needs of each of its masks: `Mask`, or the gate of `td_plugin.gates.mask`."""
+
+    source: MaskSource
+    fqn: str
+
+    @property
+    def keep(self) -> Tensor | None:
+        """What this training step keeps, as `masking.select` takes it; None for all of it."""
+        ...
+
+    @keep.setter
+    def keep(self, keep: Tensor | None) -> None: ...
+
+    @property
+    def scale(self) -> float:
+        """What training multiplies the rest by."""
+        ...
+
+    @scale.setter
+    def scale(self, scale: float) -> None: ...
+
+    @property
+    def plain(self) -> bool:
+        """Whether the masked value is the dense one or 0, and its gradient too."""
+        ...
+
+    @property
+    def draws_outputs(self) -> bool:
+        """Whether the layer's outputs may be drawn in place of its weights."""
+        ...
+
+    def keep_of(self, dense: Tensor, training: bool) -> Tensor | None:
+        """What the layer keeps of `dense` now; None if all of it."""
+        ...
+
+    def apply(self, dense: Tensor, training: bool) -> Tensor:
+        """The value the layer computes with, ``[*w]``."""
+        ...
+
+    def apply_after(self, value: Tensor, training: bool) -> Tensor:
+        """`apply` to what another mask of the same tensor gave; nothing is remembered of it."""
+        ...
+
+    def train(self) -> None:
+        """Enter training: the weights will change, so nothing derived from them may be reused."""
+        ...
+
+    def evaluate(self, dense: Tensor) -> None:
+        """Enter evaluation: settle the mask now."""
+        ...
+
+    def value(self, dense: Tensor) -> Tensor | None:
+        """What evaluation multiplies `dense` with before it drops; None for 1."""
+        ...
+
+    def write_(self, dense: Tensor, keep: Tensor) -> None:
+        """Write what evaluation computes with into `dense`, in place; `keep` is the source's `keep_mask`."""
         ...
 
 
@@ -108,6 +169,19 @@ class Mask:
         """Enter training: the weights will change, so nothing derived from them may be reused."""
         self.source.expire()
         self._eval_keep, self._cached, self._cache_key = None, None, ()
+
+    @property
+    def draws_outputs(self) -> bool:
+        """Never."""
+        return False
+
+    def value(self, dense: Tensor) -> Tensor | None:
+        """Nothing."""
+        return None
+
+    def write_(self, dense: Tensor, keep: Tensor) -> None:
+        """Zero what is dropped, in place."""
+        zero_(dense, keep)
 
     def evaluate(self, dense: Tensor) -> None:
         """Enter evaluation: settle the mask now; a compiled forward needs it ready."""

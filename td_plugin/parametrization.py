@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from td_plugin import masked_linear
 from td_plugin.errors import TdError
-from td_plugin.mask import Mask
+from td_plugin.mask import TensorMask
 from td_plugin.masked_view import masked_view
-from td_plugin.masking import zero_
 from td_plugin.remaking import Remaking
 
 _STATE = "_td_masks"
@@ -30,8 +29,9 @@ class _ModuleMasks:
     def __init__(self, base: type[nn.Module]) -> None:
         self.base = base
         # Several masks on one tensor belong to groups that share none of its entries.
-        self.by_name: dict[str, list[Mask]] = {}
+        self.by_name: dict[str, list[TensorMask]] = {}
         self.inside_forward = 0
+        self.draws_outputs = False
 
 
 def _property(name: str) -> property:
@@ -85,6 +85,10 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
             done = _linear(self, masks, args[0])
             if done is not None:
                 return done
+        if masks.draws_outputs and len(args) == 1 and not kwargs:
+            drawn = _drawn_output(base, self, masks, args[0])
+            if drawn is not None:
+                return drawn
         masks.inside_forward += 1
         try:
             with Remaking():
@@ -125,15 +129,22 @@ def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
     return masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
 
 
+def _drawn_output(base: type[nn.Module], module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
+    from td_plugin.gates.outputs import drawn_output  # only where there are gates
+
+    return drawn_output(base, module, masks.by_name, x)
+
+
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     cls = _masked_class(base, names)
     return cls.__new__(cls)
 
 
-def attach(module: nn.Module, name: str, mask: Mask) -> None:
+def attach(module: nn.Module, name: str, mask: TensorMask) -> None:
     """Put `mask` on the parameter `name` of `module`. Parameter, keys and order do not change."""
     masks: _ModuleMasks = module.__dict__.setdefault(_STATE, _ModuleMasks(type(module)))
     masks.by_name[name] = [*masks.by_name.get(name, []), mask]
+    masks.draws_outputs |= mask.draws_outputs
     module.__class__ = _masked_class(masks.base, tuple(sorted(masks.by_name)))
 
 
@@ -142,13 +153,13 @@ def detach(module: nn.Module) -> None:
     module.__class__ = module.__dict__.pop(_STATE).base
 
 
-def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, Mask]]:
+def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, TensorMask]]:
     """Every mask in `model`, as (module, parameter name, mask)."""
     return [found for module in model.modules() if _STATE in module.__dict__ for found in _masks(module)]
 
 
-def _masks(module: nn.Module) -> list[tuple[nn.Module, str, Mask]]:
-    by_name: dict[str, list[Mask]] = module.__dict__[_STATE].by_name
+def _masks(module: nn.Module) -> list[tuple[nn.Module, str, TensorMask]]:
+    by_name: dict[str, list[TensorMask]] = module.__dict__[_STATE].by_name
     return [(module, name, mask) for name, masks in by_name.items() for mask in masks]
 
 
@@ -176,10 +187,10 @@ def bake(model: nn.Module, settled: bool = False) -> int:
     # All masks first: zeroing one tensor changes the ranking that others share.
     keeps = [mask.source.keep_mask(mask) for _, _, mask in found]
     with torch.no_grad():
-        for (module, name, _), keep in zip(found, keeps, strict=True):
+        for (module, name, mask), keep in zip(found, keeps, strict=True):
             dense = module._parameters[name]
             if dense is not None:
-                zero_(dense, keep)
+                mask.write_(dense, keep)
     for module in {id(module): module for module, _, _ in found}.values():
         detach(module)
     return len(found)

@@ -14,6 +14,7 @@ from td_plugin.contract import Evidence, Recipe
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
 from td_plugin.masks import Cut, cut
+from td_plugin.gates.state import GateState
 from td_plugin.members import Member
 from td_plugin.memory import Memory
 
@@ -33,6 +34,7 @@ class Ranking:
     """
 
     def __init__(self, recipe: Recipe, members: Sequence[Member], memory: Memory | None, learns: bool) -> None:
+        self.gate: GateState | None = None
         self._recipe, self._members = recipe, members
         self.memory, self.learns = memory, learns
         self._cut: Cut | None = None
@@ -52,7 +54,11 @@ class Ranking:
             TdError: an importance is not finite.
         """
         scores = [self._score(member, seed) for member in self._members]
+        if self.gate is not None and not self.gate.per_unit:
+            scores = [self.gate.importance(score) for score in scores]
         groups = self._recipe.granularity.to_groups(scores, [m.slice for m in self._members])
+        if self.gate is not None and self.gate.per_unit:
+            groups = self.gate.importance(groups)
         if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
             raise self._not_finite()
         return groups if self.memory is None else self.memory.handicapped(groups, self._recipe.regrowth)
@@ -65,7 +71,8 @@ class Ranking:
     def _rows(self) -> Tensor | None:
         """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None."""
         weight, known = self._members[0].parameter.detach(), self._recipe.criterion is magnitude
-        if not known or not self._recipe.granularity.single or self.memory is not None or not kernels.serves(weight):
+        learned = self.memory is not None or self.gate is not None
+        if not known or not self._recipe.granularity.single or learned or not kernels.serves(weight):
             return None
         return self._recipe.granularity.to_groups([weight], [self._members[0].slice]).contiguous()
 
@@ -77,7 +84,8 @@ class Ranking:
 
     def versions(self) -> tuple[object, ...]:
         """What changes when the weights do."""
-        parameters = [m.parameter for m in self._members]
+        parameters: list[Tensor] = [m.parameter for m in self._members]
+        parameters += [] if self.gate is None else [self.gate.phi]
         return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters)
 
     @property
@@ -110,7 +118,7 @@ class Ranking:
         if rows is None:
             importance = self.importance(seed)
             found = cut(importance, level)
-            self._found = found.candidates(importance)
+            self._found = self._with_closed(found.candidates(importance), importance)
             if self.memory is not None and self.learns:
                 self.memory.set(self._found)
             return self._keep(found, level, seed)
@@ -140,7 +148,14 @@ class Ranking:
         found = self._found
         if not self._recipe.granularity.kinds:
             self._found = None  # good for one use: a flag per weight is not kept
-        return where.candidates(self.importance(seed)) if found is None else found
+        if found is not None:
+            return found
+        importance = self.importance(seed)
+        return self._with_closed(where.candidates(importance), importance)
+
+    def _with_closed(self, candidates: Tensor, importance: Tensor) -> Tensor:
+        """What a gate has closed is 0 in evaluation, whatever γ says."""
+        return candidates if self.gate is None else candidates | (importance == 0)
 
     def _finite(self, found: T | None) -> T:
         if found is None:

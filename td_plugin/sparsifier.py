@@ -13,6 +13,7 @@ from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.gates.training import Training
 from td_plugin.notices import NOT_DRIVEN, NOTHING_ZEROED, warn_of_stuck_units
 from td_plugin.parametrization import bake, masked_tensors
 from td_plugin.report import SparsityReport
@@ -63,6 +64,7 @@ class TargetedDropout(BaseSparsifier):
         self._skipped: dict[str, str] = {}
         self._final_report: SparsityReport | None = None
         self._driven = False
+        self._training = Training(recipe, [])
         self.model: nn.Module | None = None
         self.recipe = recipe
         self.step_count = self.micro_step = 0
@@ -93,7 +95,7 @@ class TargetedDropout(BaseSparsifier):
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
         """torch.ao's view: fully qualified tensor name -> ``{"mask": ...}``, the deterministic keep-mask, fresh."""
-        return merged_masks([target.keep_masks() for target in self._targets])
+        return merged_masks(self._targets)
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:
@@ -123,12 +125,14 @@ class TargetedDropout(BaseSparsifier):
         self.model, self._skipped, self._final_report = model, selection.skipped, None
         self._targets = make_targets(model, self.recipe, selection.choices, self.defaults, self._switches)
         self.groups = [target.config for target in self._targets]
+        self._training = Training(self.recipe, [(target.members, target.gate) for target in self._targets])
         self._claim()
         warn_of_stuck_units([choice.ranked[0].fqn for choice in selection.choices if not choice.removable], model)
 
     def _claim(self) -> None:
         for target in self._targets:
             target.owner = weakref.ref(self)
+        self._training.listen()
 
     def _prepared(self) -> nn.Module:
         if self.model is None or not self.groups:
@@ -212,6 +216,7 @@ class TargetedDropout(BaseSparsifier):
             target.forget()  # in-place edits through `.data` leave no other sign
         report = self.report()
         bake(self._prepared(), settled=True)
+        self._training.close()
         for module, values in kept:
             vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []

@@ -90,10 +90,18 @@ def kept_params(
     return [(module, next(iter(by.values())) if len(by) == 1 else by) for module, by in kept.items()]
 
 
-def merged_masks(masks: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Fully qualified tensor name -> ``{"mask": ...}``; what several targets mask keeps what all keep."""
+def merged_masks(targets: Iterable[Target]) -> dict[str, dict[str, Tensor]]:
+    """Fully qualified tensor name -> ``{"mask": ...}``; what several targets mask keeps what all keep.
+
+    Under a gate that scales what it keeps there is ``"gate"`` too, what the tensor is multiplied with.
+    """
     merged: dict[str, dict[str, Tensor]] = {}
-    for of_target in masks:
-        for name, mask in of_target.items():
-            merged[name] = {"mask": merged[name]["mask"] & mask if name in merged else mask}
+    for target in targets:
+        for name, mask in target.keep_masks().items():
+            before = merged.setdefault(name, {"mask": mask})
+            before["mask"] = before["mask"] & mask
+        for member, mask_ in zip(target.members, target.masks, strict=True):
+            if (value := mask_.value(member.parameter)) is not None:
+                before = merged[member.fqn]
+                before["gate"] = before["gate"] * value if "gate" in before else value.expand(member.parameter.shape)
     return merged

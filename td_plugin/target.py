@@ -12,7 +12,9 @@ from torch import Tensor
 from td_plugin.bits import flags_of, ones, pack
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.mask import Mask
+from td_plugin.gates.mask import make_masks
+from td_plugin.gates.state import GateState
+from td_plugin.mask import TensorMask
 from td_plugin.masks import draw, draw_key
 from td_plugin.members import Member
 from td_plugin.memory import Memory
@@ -70,7 +72,9 @@ class Target:
         # Two, because evaluation must not move the thresholds of training.
         self._sampled = Ranking(recipe, ranked, self.memory, learns=True)
         self._shipped = Ranking(recipe, ranked, self.memory, learns=False)
-        self.masks = [Mask(self, m.fqn, recipe.gradient == "all") for m in self.members]
+        self.gate = None if recipe.gate is None else GateState(recipe.gate, members, bool(recipe.granularity.kinds))
+        self._sampled.gate = self._shipped.gate = self.gate
+        self.masks = make_masks(self, recipe, self.members, self.gate)
         for member, mask in zip(self.members, self.masks, strict=True):
             for module, name in ((member.module, member.slice.tensor), *member.tied):
                 attach(module, name, mask)
@@ -134,7 +138,7 @@ class Target:
         if self.together is not None:
             self.together.expire(self, training)
 
-    def keep_mask(self, mask: Mask) -> Tensor:
+    def keep_mask(self, mask: TensorMask) -> Tensor:
         """The deterministic keep-mask of one member, as `masking.select` takes it."""
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
             return self._keeps(self._shipped, self.gamma(False), False, 1.0, 0)[self.masks.index(mask)]
@@ -180,6 +184,8 @@ class Target:
             fresh: rank the weights anew, whatever their version counters say.
             learn: whether the ranking may remember what it finds. After a restore it has yet to be made by `step`.
         """
+        if self.gate is not None:
+            self.gate.draw(draw_key(self.switches.seed, step, micro_step, self.name, "gate"))
         every, rate = self.switches.refresh_every, self.level("drop_rate")
         never = rate == 0 and self.level("target_drop_rate") == 0
         if never or (rate == 1 and self._sampled.settled and self._final(self.asked(True))):
@@ -203,7 +209,8 @@ class Target:
 
     def snapshot(self) -> dict[str, Any]:
         """What the ranking remembers, JSON-able; empty for recipes without memory."""
-        return {} if self.memory is None else {"memory": self.memory.snapshot()}
+        remembered = {} if self.memory is None else {"memory": self.memory.snapshot()}
+        return remembered if self.gate is None else {**remembered, "gate": self.gate.snapshot()}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `snapshot` gave.
@@ -213,6 +220,8 @@ class Target:
         """
         if self.memory is not None:
             self.memory.restore(saved.get("memory", {}), self.name)
+        if self.gate is not None:
+            self.gate.restore(saved.get("gate", {}), self.name)
 
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import td_plugin as td
 from td_plugin.criteria import magnitude, random
-from td_plugin.granularity import NM, Block, WholeTensor
+from td_plugin.granularity import NM, Block, OutputRow, Units, WholeTensor
 from td_plugin.rates import Global
 from td_plugin.schedules import Cubic
 
@@ -43,6 +43,13 @@ RECIPES: dict[str, td.Recipe] = {
     "block": td.recipes.block(2, 2),
     "blocks of two tensors, random, with memory": td.Recipe(random, Block(3, 1), 0.5, regrowth=0.5, rates=Global()),
     "whole tensor, cubic": td.Recipe(magnitude, WholeTensor(), 0.5, Cubic(), name="whole tensor"),
+    "hard_concrete": td.gates.hard_concrete(),
+    "hard_concrete, units": td.gates.hard_concrete(Units(), strength=1e-3),
+    "variational": td.gates.variational(),
+    "variational, units": td.gates.variational(Units(), log_variance=-4.0),
+    "smallify": td.gates.smallify(OutputRow()),
+    "smallify, units": td.gates.smallify(Units(members="producers"), learning_rate=0.1),
+    "group L1, then pruned": replace(td.recipes.targeted_unit(0.5), penalty=td.penalties.GroupL1(0.01)),
     "units, drawn per weight": td.recipes.targeted_unit(0.5, members="all", draw="weight"),
 }
 

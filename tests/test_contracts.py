@@ -137,6 +137,7 @@ def test_squash_leaves_the_evaluated_model(recipe: str, shape: str) -> None:
     run = Run(recipe, shape).train(3)
     logits = run.evaluate()
     masks = {name: entry["mask"].clone() for name, entry in run.sparsifier.state.items()}
+    gates = {name: entry["gate"].clone() for name, entry in run.sparsifier.state.items() if "gate" in entry}
     dense = copy.deepcopy(run.model.state_dict())
     run.model.train()
     run.sparsifier.step()
@@ -145,7 +146,8 @@ def test_squash_leaves_the_evaluated_model(recipe: str, shape: str) -> None:
     assert torch.equal(run.evaluate(), logits)
     plain = build(shape)
     assert [type(m) for m in run.model.modules()] == [type(m) for m in plain.modules()]
-    expected = {key: value * masks[key] if key in masks else value for key, value in dense.items()}
+    gated = {key: value * gates[key] if key in gates else value for key, value in dense.items()}
+    expected = {key: value * masks[key] if key in masks else value for key, value in gated.items()}
     assert equal(run.model.state_dict(), expected)
     assert sum(int((~mask).sum()) for mask in masks.values()) == zeros > 0
     plain.load_state_dict(run.model.state_dict())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("td_plugin", "td_plugin/graph", "integrations", "export")
+FOLDERS = ("td_plugin", "td_plugin/gates", "td_plugin/graph", "integrations", "export")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 OPTIONAL = ("transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib", "typer", "rich", "datasets", "sklearn")
 
