@@ -82,9 +82,10 @@ class GateState:
         self.phi.register_post_accumulate_grad_hook(reached)
 
     def _gradient_norm(self) -> Tensor | None:
-        grads = [m.parameter.grad for m in self._members]
-        norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in grads if g is not None]
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else None
+        grads = [m.parameter.grad for m in self._members if m.parameter.grad is not None]
+        wide = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+        norms = [torch.linalg.vector_norm(grad, dtype=dtype) for grad, dtype in zip(grads, wide, strict=True)]
+        return torch.linalg.vector_norm(torch.stack([n.to(self.phi.device).float() for n in norms])) if norms else None
 
     def _squares(self, weights: Sequence[Tensor]) -> Tensor:
         """The mean square of the weights of each group, differentiable."""

@@ -29,6 +29,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, learners: Sequence[Learner]) -> None:
         self._recipe = recipe
+        self._done: dict[str, tuple[int, ...]] = {}  # versions of the weights after what was done to them last
         self._learners = list(learners) if recipe.gate is not None or recipe.penalty is not None else []
 
     def listen(self) -> None:
@@ -54,8 +55,12 @@ class Training:
         if overflow is not None and overflow.item():
             return
         for members, gate in self._learners:
-            if gate is not None and id(members[0].parameter) in held:
+            if gate is None or id(members[0].parameter) not in held:
+                continue
+            # An optimizer that calls the step it inherits comes here twice, with nothing in between.
+            if gate.phi.grad is not None or self._changed(members):
                 gate.learn(1.0 if scale is None else scale)
+                self._note(members)
 
     def after(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: shrink the weights that it holds, as far as its learning rate says.
@@ -69,13 +74,20 @@ class Training:
             return
         for members, _ in self._learners:
             mine = [member for member in members if member.ranked]
-            if id(mine[0].parameter) not in held:
+            if id(mine[0].parameter) not in held or not self._changed(members):
                 continue
             rate = held[id(mine[0].parameter)]
             if rate is None:
                 got = type(optimizer).__name__
                 raise TdError("a penalty needs the learning rate", where=mine[0].fqn, got=got, fix="set its lr")
             penalty.shrink_([member.parameter for member in mine], [member.slice for member in mine], float(rate))
+            self._note(members)
+
+    def _changed(self, members: list[Member]) -> bool:
+        return self._done.get(members[0].fqn) != tuple(member.parameter._version for member in members)
+
+    def _note(self, members: list[Member]) -> None:
+        self._done[members[0].fqn] = tuple(member.parameter._version for member in members)
 
 
 def _held(optimizer: Optimizer) -> dict[int, float | Tensor | None]:
