@@ -40,3 +40,11 @@ def ones(bits: Tensor) -> int:
 def flags_of(keep: Tensor, shape: Sequence[int]) -> Tensor:
     """A mask of a tensor of `shape`, packed or not, as bool, broadcastable to it."""
     return unpack(keep, shape) if keep.dtype == torch.uint8 else keep
+
+
+def dropped_by(keep: Tensor, numel: int) -> int:
+    """How many of a tensor's `numel` scalars a mask drops, packed or not."""
+    if keep.dtype == torch.uint8:
+        return numel - ones(keep)
+    # A mask of one entry per unit stands for equally many scalars each.
+    return (keep.numel() - int(keep.count_nonzero())) * numel // keep.numel()

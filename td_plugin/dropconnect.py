@@ -1,8 +1,8 @@
 """DropConnect and its inference (Wan, Zeiler, Zhang, LeCun and Fergus, ICML 2013), as modules made from `nn.Linear`.
 
-`td_plugin.recipes.dropconnect` trains any layer so, and evaluates the mean. Here a linear layer also evaluates as the
-paper does: its pre-activation ``u = (M∘W)x + b`` is close to a normal variable under the random mask M, which is sampled
-and averaged behind the activation. A network cannot see the difference between that and the mean at a linear output.
+`td_plugin.recipes.dropconnect` trains any layer so, and evaluates with the mean weights. Here a linear layer can also
+evaluate as the paper does: under the random mask M its pre-activation ``u = (M∘W)x + b`` is close to a normal variable,
+which is sampled and averaged behind the activation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from td_plugin.errors import TdError
 
 Inference = Literal["gaussian", "mean"]
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh)
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Hardtanh,
+)
 """Elementwise, without parameters: the ones that `convert` takes into the layer."""
 
 
@@ -27,9 +38,9 @@ class DropConnectLinear(nn.Linear):
     """A linear layer, with the activation behind it, that drops single weights in training.
 
     Training: ``a((M∘W)x + b)``, M Bernoulli with mean ``p = 1 - rate``, one for the batch, from torch's generator.
-    Evaluation, ``"gaussian"``: the mean over `samples` of ``a(u)``, ``u ~ N(p·Wx + b, p(1-p)·(W∘W)(x∘x))``, the moments of
-    the training's pre-activation (algorithm 2 of the paper); ``"mean"``: ``a(p·Wx + b)``. Keys and parameters are those
-    of `nn.Linear`. Sampling is the same in every evaluation.
+    Evaluation, ``"gaussian"``: the mean over `samples` of ``a(u)``, ``u ~ N(p·Wx + b, p(1-p)·(W∘W)(x∘x))``, the moments
+    of the training's pre-activation (algorithm 2 of the paper); ``"mean"``: ``a(p·Wx + b)``. Keys and parameters are
+    those of `nn.Linear`. Sampling is the same in every evaluation.
 
     Args:
         in_features: width of the input.
@@ -92,7 +103,7 @@ class DropConnectLinear(nn.Linear):
         return total / self.samples
 
     def _activated(self, value: Tensor) -> Tensor:
-        return value if self.activation is None else self.activation(value)  # type: ignore[no-any-return]
+        return value if self.activation is None else self.activation(value)
 
     def extra_repr(self) -> str:
         """Of nn.Linear, with the rate."""

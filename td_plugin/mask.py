@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from td_plugin.masking import masked, select, zero_
 from td_plugin.remaking import note
+
+Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""What a layer computes of its input, weight and bias."""
 
 
 class MaskSource(Protocol):
@@ -91,6 +95,10 @@ class TensorMask(Protocol):
 
     def value(self, dense: Tensor) -> Tensor | None:
         """What evaluation multiplies `dense` with before it drops; None for 1."""
+        ...
+
+    def output(self, product: Product, x: Tensor, dense: Tensor, bias: Tensor | None, channel: int) -> Tensor | None:
+        """The layer's outputs, drawn in place of its weights; None where they are not."""
         ...
 
     def write_(self, dense: Tensor, keep: Tensor) -> None:
@@ -177,6 +185,10 @@ class Mask:
 
     def value(self, dense: Tensor) -> Tensor | None:
         """Nothing."""
+        return None
+
+    def output(self, product: Product, x: Tensor, dense: Tensor, bias: Tensor | None, channel: int) -> Tensor | None:
+        """None."""
         return None
 
     def write_(self, dense: Tensor, keep: Tensor) -> None:

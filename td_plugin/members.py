@@ -46,6 +46,12 @@ class Member:
             raise TdError(problem, where=self.fqn, fix="squash first")
         return parameter
 
+    @property
+    def owned(self) -> int:
+        """How many scalars of the tensor belong to the groups: all, but for concatenations and packed projections."""
+        owners, numel = self.slice.owners, self.parameter.numel()
+        return numel * sum(owner >= 0 for owner in owners) // len(owners) if owners else numel
+
 
 def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
     """Who holds each parameter, by its id: one module, or several where it is tied."""

@@ -81,14 +81,10 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         masks: _ModuleMasks = self.__dict__[_STATE]
-        if is_linear and len(args) == 1:
-            done = _linear(self, masks, args[0])
+        if len(args) == 1 and (is_linear or masks.draws_outputs):
+            done = _by_other_means(base, self, masks, args[0])
             if done is not None:
                 return done
-        if masks.draws_outputs and len(args) == 1 and not kwargs:
-            drawn = _drawn_output(base, self, masks, args[0])
-            if drawn is not None:
-                return drawn
         masks.inside_forward += 1
         try:
             with Remaking():
@@ -122,14 +118,17 @@ def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
     if keep is None:
         return None
     bias, of_bias = module._parameters.get("bias"), masks.by_name.get("bias", [])
-    if bias is None or len(of_bias) == 1:
+    if bias is None or (len(of_bias) == 1 and of_bias[0].plain):
         keep_bias = keep.flatten() if bias is None else of_bias[0].keep_of(bias, module.training)
         if masked_linear.silences(dense, keep, keep_bias):
             return masked_linear.silenced_linear(x, dense, keep, bias)
     return masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
 
 
-def _drawn_output(base: type[nn.Module], module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
+def _by_other_means(base: type[nn.Module], module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
+    """What the module gives without its masked weight being made; None if it has to be."""
+    if not masks.draws_outputs:
+        return _linear(module, masks, x)
     from td_plugin.gates.outputs import drawn_output  # only where there are gates
 
     return drawn_output(base, module, masks.by_name, x)

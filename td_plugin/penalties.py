@@ -45,7 +45,7 @@ def _check(strength: float, name: str) -> None:
 class L1(Penalty):
     """``λ Σ |w|`` over the ranked weights: ``w <- sign(w)·max(|w| - lr·λ, 0)``, soft thresholding.
 
-    Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2; as a way to prune: Han et al., arXiv 1506.02626, section 3.1.
+    Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2; for pruning: Han et al., arXiv 1506.02626, section 3.1.
 
     Attributes:
         strength: λ.

@@ -13,8 +13,8 @@ from td_plugin.bits import pack, unpack
 from td_plugin.contract import Evidence, Recipe
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
-from td_plugin.masks import Cut, cut
 from td_plugin.gates.state import GateState
+from td_plugin.masks import Cut, cut
 from td_plugin.members import Member
 from td_plugin.memory import Memory
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from td_plugin.bits import flags_of, ones, pack
+from td_plugin.bits import dropped_by, flags_of, pack
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.gates.mask import make_masks
@@ -228,7 +228,7 @@ class Target:
         level, seed, granularity = self.gamma(False), self.switches.seed, self.recipe.granularity
         pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
         keeps = self._keeps(self._shipped, level, False, 1.0, 0)
-        zeros = sum(_zeros(keep, parameter) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
+        zeros = sum(dropped_by(keep, parameter.numel()) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
         groups, dropped = pairs[0][0].numel(), zeros  # of single weights; a flag for each is not made twice
         if not granularity.single:
             candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
@@ -238,22 +238,9 @@ class Target:
             kind="units" if granularity.kinds else "weights" if granularity.single else "blocks",
             groups=groups,
             dropped=dropped,
-            elements=sum(_owned(member) for member in self.members),
+            elements=sum(member.owned for member in self.members),
             zeros=zeros,
-            sampled=sum(_zeros(mask.keep, parameter) for parameter, mask in pairs if mask.keep is not None),
+            sampled=sum(dropped_by(mask.keep, parameter.numel()) for parameter, mask in pairs if mask.keep is not None),
             sparsity_level=self.config["sparsity_level"],
             drop_rate=self.config["drop_rate"],
         )
-
-
-def _owned(member: Member) -> int:
-    """How many scalars of the tensor belong to the groups: all of it, but for concatenations and packed projections."""
-    owners, numel = member.slice.owners, member.parameter.numel()
-    return numel * sum(owner >= 0 for owner in owners) // len(owners) if owners else numel
-
-
-def _zeros(keep: Tensor, parameter: Tensor) -> int:
-    if keep.dtype == torch.uint8:
-        return parameter.numel() - ones(keep)
-    # A mask of one entry per unit stands for equally many scalars each.
-    return (keep.numel() - int(keep.count_nonzero())) * parameter.numel() // keep.numel()

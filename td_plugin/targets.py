@@ -9,6 +9,7 @@ from torch import nn
 
 from td_plugin.choices import Choice, parameter_of
 from td_plugin.contract import Recipe
+from td_plugin.gates.state import refuse_tied
 from td_plugin.members import holders_of, members_of
 from td_plugin.pool import Together
 from td_plugin.target import Switches, Target
@@ -31,12 +32,13 @@ def make_targets(
         TdError: a tensor that the granularity cannot divide; the model is unchanged then.
     """
     holders = holders_of(model)
+    members = [members_of(model, choice, holders) for choice in choices]
+    if recipe.gate is not None:
+        refuse_tied(members)
     # All levels first: a tensor that the pattern does not fit must leave the others without masks.
     fixed = [_fixed_level(model, recipe, choice) for choice in choices]
     targets = []
-    for choice, levels in zip(choices, fixed, strict=True):
-        config = _config(model, choice.ranked[0], {**defaults, **levels, **choice.overrides})
-        targets.append(Target(recipe, config, members_of(model, choice, holders), switches))
+    for choice, of_choice, levels in zip(choices, members, fixed, strict=True):
         targets[-1].place = len(targets) - 1
     if recipe.rates is not None:
         together = Together(recipe.rates, targets)

@@ -93,7 +93,9 @@ def test_the_variational_penalty_reaches_the_weights() -> None:
     assert torch.allclose(weight.grad - before, expected, atol=1e-7) and expected.abs().max() > 1e-4
 
 
-def train(gate: td.Recipe, backward: Callable[[nn.Module, torch.optim.Optimizer], None], steps: int = 4) -> list[Tensor]:
+def train(
+    gate: td.Recipe, backward: Callable[[nn.Module, torch.optim.Optimizer], None], steps: int = 4
+) -> list[Tensor]:
     model, sparsifier, optimizer = prepared(gate)
     for _ in range(steps):
         sparsifier.step()
@@ -227,7 +229,7 @@ def test_copies_learn_apart() -> None:
 
 
 def test_what_a_gate_has_closed_goes_whatever_the_level_says() -> None:
-    model, sparsifier, optimizer = prepared(td.gates.hard_concrete(Units(), strength=1e-4), level=0.25)
+    model, sparsifier, _ = prepared(td.gates.hard_concrete(Units(), strength=1e-4), level=0.25)
     (gate,) = states(sparsifier)
     with torch.no_grad():
         gate.phi[[0, 2, 3, 7]] = -5.0
@@ -256,7 +258,10 @@ def test_masked_squashed_and_shrunk_compute_the_same(gate: str) -> None:
     sparsifier = td.TargetedDropout(GATES[gate], 0.5)
     sparsifier.prepare(model)
     assert [mask.fqn for t in sparsifier._targets for mask in t.masks if not mask.plain] == [
-        "1.weight", "1.bias", "3.weight", "3.bias",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+        "3.bias",
     ]  # fmt: skip - behind a norm the norm alone is scaled
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     images = torch.randn(9, 3, 5, 5)
@@ -374,7 +379,9 @@ def test_l1_is_soft_thresholding_after_each_step() -> None:
         results.append([p.detach().clone().numpy() for p in model.parameters()])
     (w, *rest), (shrunk, *same) = results
     assert np.allclose(shrunk, soft(w, 0.1 * 0.2), atol=1e-7) and (shrunk == 0).any()
-    assert all(np.array_equal(a, b) for a, b in zip(rest, same, strict=True))  # biases and the logits' layer pay nothing
+    assert all(
+        np.array_equal(a, b) for a, b in zip(rest, same, strict=True)
+    )  # biases and the logits' layer pay nothing
 
 
 @pytest.mark.parametrize("units", [True, False])

@@ -11,6 +11,10 @@ from torch import Tensor
 from td_plugin.contract import Granularity, Recipe
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
+from td_plugin.granularity import WholeTensor
+
+WHOLE_TENSOR = WholeTensor()
+"""Where gates of single weights are ranked unless another granularity is given."""
 
 ONCE: tuple[str, ...] = ("neurons", "channels", "heads")
 """Kinds of units that a gate may scale: the others run through many tensors, and would be scaled in each of them."""
@@ -84,6 +88,7 @@ class Gate(ABC):
 
     def settle(self, phi: Tensor, memory: dict[str, Tensor]) -> None:
         """After an update: edit φ and `memory` in place."""
+        return
 
 
 def gated(gate: Gate, granularity: Granularity, name: str) -> Recipe:
@@ -99,4 +104,6 @@ def gated(gate: Gate, granularity: Granularity, name: str) -> Recipe:
     if stray := sorted(set(granularity.kinds) - set(ONCE)):
         fix = f"Units(kinds={ONCE})"
         raise TdError("a gate cannot scale units that run through many tensors", where=where, got=stray, fix=fix)
-    return Recipe(magnitude, granularity, drop_rate=0.0, gate=gate, name=name if not granularity.kinds else f"{name}_unit")
+    return Recipe(
+        magnitude, granularity, drop_rate=0.0, gate=gate, name=name if not granularity.kinds else f"{name}_unit"
+    )

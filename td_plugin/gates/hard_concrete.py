@@ -11,8 +11,7 @@ from torch import Tensor
 
 from td_plugin.contract import Granularity, Recipe, check_fraction
 from td_plugin.errors import TdError
-from td_plugin.gates.contract import Gate, gated
-from td_plugin.granularity import WholeTensor
+from td_plugin.gates.contract import WHOLE_TENSOR, Gate, gated
 
 TEMPERATURE = 2 / 3
 """β of the paper's equation 10 and section 4."""
@@ -77,7 +76,7 @@ class HardConcrete(Gate):
 
 
 def hard_concrete(
-    granularity: Granularity = WholeTensor(),
+    granularity: Granularity = WHOLE_TENSOR,
     *,
     strength: float = 1e-5,
     learning_rate: float = 0.02,
@@ -86,8 +85,8 @@ def hard_concrete(
     """L0 regularisation: every weight, or with `Units()` every unit, has a gate that closes where it is not worth λ.
 
     In training the weight is ``w·z`` with ``z = clip(1.2·σ((log u - log(1-u) + log α)/β) - 0.1)`` and u uniform; the
-    loss grows by ``λ·Σ P(z ≠ 0)``. In evaluation ``z = clip(1.2·σ(log α) - 0.1)``. Weights are pruned by ``|w|·z``; what
-    has z = 0 in evaluation is dropped whatever γ says. Louizos et al., arXiv 1712.01312.
+    loss grows by ``λ·Σ P(z ≠ 0)``. In evaluation ``z = clip(1.2·σ(log α) - 0.1)``. Weights are pruned by ``|w|·z``;
+    what has z = 0 in evaluation is dropped whatever γ says. Louizos et al., arXiv 1712.01312.
 
     Args:
         granularity: single weights are ranked within it; `Units()`, one gate per unit.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from td_plugin.contract import Recipe
 from td_plugin.gates.spreading import along, spread
 from td_plugin.gates.state import GateState
 from td_plugin.gates.variational import deviation
-from td_plugin.mask import Mask, MaskSource, TensorMask
+from td_plugin.mask import Mask, MaskSource, Product, TensorMask
 from td_plugin.masking import select, zero_
 from td_plugin.members import Member
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""What a layer computes of its input, weight and bias."""
 
 
 class _Through:
@@ -193,7 +190,9 @@ class GateMask:
         return mean + spread_ * state.normal(mean.shape, self.fqn).to(mean.dtype)
 
 
-def make_masks(source: MaskSource, recipe: Recipe, members: Sequence[Member], state: GateState | None) -> list[TensorMask]:
+def make_masks(
+    source: MaskSource, recipe: Recipe, members: Sequence[Member], state: GateState | None
+) -> list[TensorMask]:
     """The masks of the members of one target.
 
     A gate must scale a unit once. Where a norm lies behind it, which would undo a scaling of the weights before it, the

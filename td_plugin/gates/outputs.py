@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from td_plugin.gates.mask import GateMask, Product
-from td_plugin.mask import TensorMask
+from td_plugin.mask import Product, TensorMask
 
 
-def drawn_output(base: type[nn.Module], module: nn.Module, masks: dict[str, list[TensorMask]], x: Tensor) -> Tensor | None:
+def drawn_output(
+    base: type[nn.Module], module: nn.Module, masks: dict[str, list[TensorMask]], x: Tensor
+) -> Tensor | None:
     """What `module` gives for `x` in training; None if it has to go the way of all layers.
 
     Args:
@@ -19,7 +20,7 @@ def drawn_output(base: type[nn.Module], module: nn.Module, masks: dict[str, list
         x: the module's one argument.
     """
     found, dense = masks.get("weight", []), module._parameters.get("weight")
-    if not module.training or dense is None or len(found) != 1 or not isinstance(found[0], GateMask):
+    if not module.training or dense is None or len(found) != 1:
         return None
     (mask,) = found
     others = masks.get("bias", [])

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from td_plugin.contract import Granularity, Recipe, check_fraction
-from td_plugin.gates.contract import Gate, gated
-from td_plugin.granularity import WholeTensor
+from td_plugin.gates.contract import WHOLE_TENSOR, Gate, gated
 
 
 def follow_signs(phi: Tensor, memory: dict[str, Tensor], decay: float, threshold: float) -> None:
     """Update the moving mean and variance of every switch's sign, and turn off those that vary too much, for good.
 
-    With ``d = sign(β) - mean``: ``variance = decay·(variance + (1 - decay)·d²)`` and ``mean = mean + (1 - decay)·d``, the
-    exponentially weighted variance in one pass.
+    With ``d = sign(β) - mean``: ``variance = decay·(variance + (1 - decay)·d²)`` and ``mean = mean + (1 - decay)·d``,
+    the exponentially weighted variance in one pass.
 
     Args:
         phi: β, edited in place: 0 where it is off.
@@ -84,7 +83,7 @@ class Smallify(Gate):
 
 
 def smallify(
-    granularity: Granularity = WholeTensor(),
+    granularity: Granularity = WHOLE_TENSOR,
     *,
     strength: float = 1e-4,
     learning_rate: float = 0.01,

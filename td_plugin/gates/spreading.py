@@ -11,8 +11,6 @@ from torch.nn.functional import pad
 from td_plugin.units import Slice
 
 
-
-
 def spread(values: Tensor, slice_: Slice, size: int) -> Tensor:
     """``[units] -> [size]``: the value of the unit that each entry along the slice's dimension belongs to, else 0."""
     if not slice_.owners:

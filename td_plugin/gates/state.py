@@ -26,6 +26,17 @@ _NOT_STEPPED = (
 )
 
 
+def refuse_tied(members: Sequence[Sequence[Member]]) -> None:
+    """Raise for a weight that serves another module, too.
+
+    Raises:
+        TdError: there is one.
+    """
+    if tied := next((member for of_target in members for member in of_target if member.tied), None):
+        fix = "untie it, or leave it out: prepare(config=...)"
+        raise TdError("a gate on a tied weight would scale another layer too", where=tied.fqn, fix=fix)
+
+
 class GateState:
     """φ of one target and all that changes with it.
 
@@ -40,9 +51,6 @@ class GateState:
     """
 
     def __init__(self, gate: Gate, members: Sequence[Member], per_unit: bool) -> None:
-        if tied := next((m for m in members if m.tied), None):
-            fix = "untie it, or leave it out: prepare(config=...)"
-            raise TdError("a gate on a tied weight would scale another layer too", where=tied.fqn, fix=fix)
         self.gate, self.per_unit = gate, per_unit
         self._members = [m for m in members if m.ranked and m.masked]
         weights = [m.parameter.detach() for m in self._members]
@@ -79,7 +87,7 @@ class GateState:
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: queue(measure))
 
-        self.phi.register_post_accumulate_grad_hook(reached)
+        self.phi.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     def _gradient_norm(self) -> Tensor | None:
         grads = [m.parameter.grad for m in self._members if m.parameter.grad is not None]

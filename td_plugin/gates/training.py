@@ -1,8 +1,8 @@
 """Training that happens when the user's optimizer steps: gates learn, penalties shrink weights.
 
 torch calls global hooks before and after the step of every `torch.optim.Optimizer`. That is the one moment at which the
-gradients are whole (all micro-batches are in), unscaled and clipped, and a step that a gradient scaler throws away never
-comes to it. So neither the user's loss nor the loop has to know.
+gradients are whole (all micro-batches are in), unscaled and clipped, and a step that a gradient scaler throws away does
+not come to it. So neither the user's loss nor the loop has to know.
 """
 
 from __future__ import annotations

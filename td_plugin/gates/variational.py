@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from td_plugin.contract import Granularity, Recipe
-from td_plugin.gates.contract import Gate, gated
-from td_plugin.granularity import WholeTensor
+from td_plugin.gates.contract import WHOLE_TENSOR, Gate, gated
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 """The constants of the paper's equation 14."""
@@ -97,7 +96,7 @@ def deviation(
 
 
 def variational(
-    granularity: Granularity = WholeTensor(),
+    granularity: Granularity = WHOLE_TENSOR,
     *,
     strength: float = 2e-5,
     learning_rate: float = 0.02,
