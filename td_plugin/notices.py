@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -15,6 +16,17 @@ NOT_REMOVABLE = (
     "shrink() will not be able to remove them; prepare(model, example_inputs={{...}}) finds out by tracing"
 )
 NOTHING_ZEROED = "squash_mask() zeroed nothing: int(γ·n) is 0 in every pool; raise sparsity_level"
+
+
+def warn_if_not_driven(recipe: str, attributes: Mapping[str, object]) -> None:
+    """Say that a ramp stands still; `attributes` are the sparsifier's."""
+    if "_step_count" not in attributes:  # a torch.ao scheduler leaves its counter on the sparsifier it drives
+        warnings.warn(NOT_DRIVEN.format(recipe=recipe), stacklevel=3)
+
+
+def warn_of_no_zeros() -> None:
+    """Say that a squash left everything as it was."""
+    warnings.warn(NOTHING_ZEROED, stacklevel=3)
 
 
 def warn_of_stuck_units(first_tensors: list[str], model: nn.Module) -> None:

@@ -167,6 +167,16 @@ def masked_tensors(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(mask.fqn for _, _, mask in masks_of(model)))
 
 
+def refuse_masked(model: nn.Module) -> None:
+    """Raise if `model` carries masks: two methods on one model would each see the other's zeros as weights.
+
+    Raises:
+        TdError: it does.
+    """
+    if found := masked_tensors(model):
+        raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
+
+
 def bake(model: nn.Module, settled: bool = False) -> int:
     """Zero what the deterministic masks drop, in place, and remove every trace of the masks.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.gates.training import Training
-from td_plugin.notices import NOT_DRIVEN, NOTHING_ZEROED, warn_of_stuck_units
-from td_plugin.parametrization import bake, masked_tensors
+from td_plugin.notices import warn_if_not_driven, warn_of_no_zeros, warn_of_stuck_units
+from td_plugin.parametrization import bake, refuse_masked
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.state import kept_params, merged_masks, restore, set_levels, snapshot
@@ -63,11 +62,10 @@ class TargetedDropout(BaseSparsifier):
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
         self._final_report: SparsityReport | None = None
-        self._driven = False
         self._training = Training(recipe, [])
         self.model: nn.Module | None = None
         self.recipe = recipe
-        self.step_count = self.micro_step = 0
+        self._driven, self.step_count, self.micro_step = False, 0, 0
         super().__init__({"sparsity_level": recipe.level(sparsity_level), "drop_rate": recipe.drop_rate})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +88,7 @@ class TargetedDropout(BaseSparsifier):
     @property
     def remembers(self) -> bool:
         """Whether weights and step do not say all: `state_dict` must go into a checkpoint for a run to resume."""
-        return any(target.snapshot() for target in self._targets)
+        return any(target.gate is not None or target.snapshot() for target in self._targets)
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -119,8 +117,7 @@ class TargetedDropout(BaseSparsifier):
         """
         if self.groups:
             raise TdError("prepare() was called before", got=f"{len(self.groups)} targets", fix="squash_mask() first")
-        if found := masked_tensors(model):
-            raise TdError("the model carries masks already", where=found[0], fix="squash the other sparsifier first")
+        refuse_masked(model)
         selection = select(model, self.recipe, config, example_inputs, groups)
         self.model, self._skipped, self._final_report = model, selection.skipped, None
         self._targets = make_targets(model, self.recipe, selection.choices, self.defaults, self._switches)
@@ -148,9 +145,8 @@ class TargetedDropout(BaseSparsifier):
         self._prepared()
         if not self.enable_mask_update:
             return
-        # A torch.ao scheduler leaves its own step counter on the sparsifier it drives.
-        if self.recipe.ramps and not self._driven and "_step_count" not in self.__dict__ and self.step_count == 1:
-            warnings.warn(NOT_DRIVEN.format(recipe=self.recipe.name), stacklevel=2)
+        if self.recipe.ramps and not self._driven and self.step_count == 1:
+            warn_if_not_driven(self.recipe.name, vars(self))
         self.micro_step = 0
         for target in self._targets:
             self.update_mask(target=target, **target.config)
@@ -169,10 +165,9 @@ class TargetedDropout(BaseSparsifier):
         self._prepared()
         if self.step_count == 0:
             raise TdError("redraw() before the first step()", fix="call step() before the first forward")
-        if self.enable_mask_update:
-            self.micro_step += 1
-            for target in self._targets:
-                target.draw(self.step_count - 1, self.micro_step, fresh=False)
+        self.micro_step += self.enable_mask_update
+        for target in self._targets if self.enable_mask_update else ():
+            target.draw(self.step_count - 1, self.micro_step, fresh=False)
 
     def set_progress(self, progress: float) -> None:
         """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done."""
@@ -221,7 +216,7 @@ class TargetedDropout(BaseSparsifier):
             vars(module)["sparse_params"] = values
         self._final_report, self.groups, self._targets = report, [], []
         if report.zeros == 0 and not self.recipe.uninformed:
-            warnings.warn(NOTHING_ZEROED, stacklevel=2)
+            warn_of_no_zeros()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, JSON-able: the step, the seed, every group's γ and α, and what a recipe with memory remembers."""

@@ -29,7 +29,7 @@ def make_targets(
         switches: shared by all targets of a sparsifier.
 
     Raises:
-        TdError: a tensor that the granularity cannot divide; the model is unchanged then.
+        TdError: a tensor that the granularity cannot divide, a gate on a tied weight; the model is unchanged then.
     """
     holders = holders_of(model)
     members = [members_of(model, choice, holders) for choice in choices]
@@ -39,6 +39,8 @@ def make_targets(
     fixed = [_fixed_level(model, recipe, choice) for choice in choices]
     targets = []
     for choice, of_choice, levels in zip(choices, members, fixed, strict=True):
+        config = _config(model, choice.ranked[0], {**defaults, **levels, **choice.overrides})
+        targets.append(Target(recipe, config, of_choice, switches))
         targets[-1].place = len(targets) - 1
     if recipe.rates is not None:
         together = Together(recipe.rates, targets)
