@@ -138,6 +138,19 @@ def cut(rows: Tensor, fraction: float, guess: Cut | None) -> Cut | None:
     return Cut(kth.float(), last) if run("CUT", rows, Job(kth=kth, last=last, k=k)) else None
 
 
+def cut_importances(importance: Tensor, fraction: float, guess: Cut | None) -> Cut | None:
+    """`cut` of importances of any criterion; None where the loops, which see no signs, do not serve.
+
+    Args:
+        importance: ``[pools, groups]`` float32.
+        fraction: γ in [0, 1].
+        guess: as for `cut`.
+    """
+    if not serves(importance) or not bool((importance >= 0).all()):
+        return None
+    return cut(importance, fraction, guess)
+
+
 def keep(rows: Tensor, where: Cut, rate: float, key: int) -> Tensor:
     """What a draw keeps of `rows`: ``~(where.candidates(|rows|) & draw(rows.shape, rate, key))``.
 

@@ -117,7 +117,7 @@ class Ranking:
         rows = self._rows()
         if rows is None:
             importance = self.importance(seed)
-            found = cut(importance, level)
+            found = kernels.cut_importances(importance, level, self._cut) or cut(importance, level)
             self._found = self._with_closed(found.candidates(importance), importance)
             if self.memory is not None and self.learns:
                 self.memory.set(self._found)

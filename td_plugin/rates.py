@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from td_plugin import kernels
 from td_plugin.contract import check_fraction
 from td_plugin.errors import TdError
 from td_plugin.masks import count, share
@@ -71,7 +72,9 @@ def _lowest(importances: Sequence[Tensor], most: Sequence[int], wanted: int) -> 
     flat = [importance.flatten().to(importances[0].device) for importance in importances]
     counts, free = [0] * len(flat), list(range(len(flat)))
     while wanted:
-        last = torch.cat([flat[i] for i in free]).kthvalue(wanted).values
+        pooled = torch.cat([flat[i] for i in free]).view(1, -1)
+        found = kernels.cut_importances(pooled, share(wanted, pooled.numel()), None)
+        last = pooled.kthvalue(wanted).values if found is None else found.kth[0, 0]
         counts = [int((flat[i] < last).sum()) if i in free else counts[i] for i in range(len(flat))]
         room = wanted - sum(counts[i] for i in free)
         for i in free:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.ao.pruning import WeightNormSparsifier
 
 import td_plugin as td
+from td_plugin import kernels
 from td_plugin.criteria import magnitude
 from td_plugin.export import shrink
 from td_plugin.granularity import NM, Block, OutputRow, Units, WholeTensor
@@ -71,6 +72,11 @@ def set_(model: nn.Module, weight: list[float] | Tensor, name: str = "0.weight")
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def signed(evidence: td.Evidence) -> Tensor:
+    """A score below zero for half of the weights, as movement has."""
+    return evidence.weight.float()
 
 
 # ---- names
@@ -546,6 +552,30 @@ def test_what_shrinks_computes_what_was_masked(recipe: str, shape: str) -> None:
         small = shrink(model, round_to=1)
         torch.testing.assert_close(case.logits(small, case.inputs(6)), masked, atol=1e-5, rtol=1e-4)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [td.recipes.network_surgery(), td.recipes.gradual_magnitude(rates=Global()), td.recipes.block(3, 3),
+     td.recipes.n_m(1, 4), td.recipes.random_weight(0.5), td.recipes.dropconnect(), td.recipes.xtreme(),
+     td.Recipe(signed, WholeTensor(), 0.5, regrowth=0.5, name="signed")],
+    ids=lambda recipe: recipe.name,
+)  # fmt: skip
+def test_the_compiled_loops_change_nothing(recipe: td.Recipe) -> None:
+    def run() -> list[Tensor]:
+        model, sparsifier = prepared(recipe, randn(12, 8).bfloat16().float(), randn(9, 16, seed=1), level=0.6)
+        sparsifier.set_progress(1.0)
+        seen = []
+        for step in range(3):
+            sparsifier.step()
+            seen += [sampled(model, "0"), sampled(model, "1"), kept(sparsifier), kept(sparsifier, "1.weight")]
+            set_(model, randn(12, 8, seed=step).bfloat16().float())
+        return seen
+
+    compiled = run()
+    with kernels.disabled():
+        plain = run()
+    assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
 
 
 # ---- γ among tensors
