@@ -6,12 +6,14 @@ the module as soon as anyone imports that. Nothing of transformers, onnx or onnx
 
 from td_plugin.export.auto_form import best_form
 from td_plugin.export.benchmark import benchmark
+from td_plugin.export.channel_prune import channel_prune, reconstruct_channels
 from td_plugin.export.check import check
 from td_plugin.export.check_bars import Bars
 from td_plugin.export.check_latency import Timing
 from td_plugin.export.decoder import to_cached_onnx
 from td_plugin.export.evaluation import Examples, Generation, evaluate_onnx
 from td_plugin.export.forms import derive
+from td_plugin.export.from_scratch import from_scratch
 from td_plugin.export.hub import push_to_hub
 from td_plugin.export.lengths import at_lengths
 from td_plugin.export.model_card import write_card
@@ -35,6 +37,7 @@ from td_plugin.export.verify_forms import verify_forms
 
 try:
     from td_plugin.export.block_sparse import block_sparse
+    from td_plugin.export.sparse_file import load_sparse, save_sparse
     from td_plugin.export.storage import storage_table
 except ModuleNotFoundError as error:  # of the extra onnx; shrinking and checkpoints do without
     if error.name != "numpy":
@@ -55,19 +58,24 @@ __all__ = [
     "benchmark",
     "best_form",
     "block_sparse",
+    "channel_prune",
     "check",
     "derive",
     "evaluate_onnx",
+    "from_scratch",
     "load_into",
     "load_onnx",
     "load_pretrained",
+    "load_sparse",
     "make_parity_batches",
     "profile_operators",
     "push_to_hub",
     "quantize",
+    "reconstruct_channels",
     "repeat",
     "save_onnx",
     "save_pretrained",
+    "save_sparse",
     "shrink",
     "storage_table",
     "throughput",
