@@ -405,6 +405,22 @@ def test_penalties_do_not_see_scales_or_accumulation(way: Callable[..., None]) -
         assert torch.allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_penalty_is_taken_in_every_step(fused: bool) -> None:
+    """Fused optimizers change weights without changing their version counters."""
+    model, sparsifier, _ = prepared(replace(td.recipes.targeted_weight(0.0), penalty=L1(0.5)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    weight = model[0]._parameters["weight"]
+    expected = weight.detach().numpy().copy()
+    for _ in range(5):
+        sparsifier.step()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        expected = soft(expected - 0.01 * weight.grad.numpy(), 0.01 * 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.allclose(weight.detach().numpy(), expected, atol=1e-6)
+
+
 def test_a_penalty_drives_weights_to_zero_exactly() -> None:
     model, sparsifier, optimizer = prepared(replace(td.recipes.targeted_weight(0.0), penalty=L1(0.05)))
     for _ in range(100):

@@ -29,8 +29,11 @@ class Training:
 
     def __init__(self, recipe: Recipe, learners: Sequence[Learner]) -> None:
         self._recipe = recipe
-        self._done: dict[str, tuple[int, ...]] = {}  # versions of the weights after what was done to them last
+        self._depth: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._learners = list(learners) if recipe.gate is not None or recipe.penalty is not None else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_depth": weakref.WeakKeyDictionary()}
 
     def listen(self) -> None:
         """Act from here on, as long as this object lives."""
@@ -48,19 +51,16 @@ class Training:
 
     def before(self, optimizer: Optimizer) -> None:
         """The optimizer is about to step: train the gates of the weights that it holds."""
-        held = _held(optimizer)
-        # A fused optimizer under a gradient scaler is handed the scale, and told there whether the loss overflowed.
-        scale: Tensor | float | None = getattr(optimizer, "grad_scale", None)
-        overflow: Tensor | None = getattr(optimizer, "found_inf", None)
-        if overflow is not None and overflow.item():
+        # An optimizer that calls the step it inherits comes here once for each of the two.
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
+        if self._depth[optimizer] > 1 or _overflows(optimizer):
             return
+        held = _held(optimizer)
+        # A fused optimizer under a gradient scaler divides by the scale in its step.
+        scale: Tensor | float | None = getattr(optimizer, "grad_scale", None)
         for members, gate in self._learners:
-            if gate is None or id(members[0].parameter) not in held:
-                continue
-            # An optimizer that calls the step it inherits comes here twice, with nothing in between.
-            if gate.phi.grad is not None or self._changed(members):
+            if gate is not None and id(members[0].parameter) in held:
                 gate.learn(1.0 if scale is None else scale)
-                self._note(members)
 
     def after(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: shrink the weights that it holds, as far as its learning rate says.
@@ -68,26 +68,26 @@ class Training:
         Raises:
             TdError: the optimizer has no learning rate that one could read.
         """
-        penalty, held = self._recipe.penalty, _held(optimizer)
-        overflow: Tensor | None = getattr(optimizer, "found_inf", None)
-        if penalty is None or (overflow is not None and overflow.item()):
+        self._depth[optimizer] = self._depth.get(optimizer, 1) - 1
+        penalty = self._recipe.penalty
+        if penalty is None or self._depth[optimizer] > 0 or _overflows(optimizer):
             return
+        held = _held(optimizer)
         for members, _ in self._learners:
             mine = [member for member in members if member.ranked]
-            if id(mine[0].parameter) not in held or not self._changed(members):
+            if id(mine[0].parameter) not in held:
                 continue
             rate = held[id(mine[0].parameter)]
             if rate is None:
                 got = type(optimizer).__name__
                 raise TdError("a penalty needs the learning rate", where=mine[0].fqn, got=got, fix="set its lr")
             penalty.shrink_([member.parameter for member in mine], [member.slice for member in mine], float(rate))
-            self._note(members)
 
-    def _changed(self, members: list[Member]) -> bool:
-        return self._done.get(members[0].fqn) != tuple(member.parameter._version for member in members)
 
-    def _note(self, members: list[Member]) -> None:
-        self._done[members[0].fqn] = tuple(member.parameter._version for member in members)
+def _overflows(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler has told a fused optimizer, which it lets step, that it must change nothing."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
 
 
 def _held(optimizer: Optimizer) -> dict[int, float | Tensor | None]:
