@@ -38,8 +38,8 @@ class OutputRow:
     The paper's scheme: every output keeps the same number of inputs. Gomez et al., arXiv 1905.13678, section 3.
 
     Attributes:
-        keeps: how many weights of every output stay when a ramp is done, whatever their number (Xtreme-k, section 5.3);
-            None where γ says it.
+        keeps: how many weights of every output stay when a ramp is done, whatever their number (Xtreme-k); None where γ
+            says it.
 
     Raises:
         TdError: `keeps` below 1.

@@ -31,7 +31,7 @@ def _outputs_first(tensor: Tensor, dim: int) -> Tensor:
 class NM:
     """Single weights, ranked within every `m` consecutive inputs of an output, of which `n` stay: 2:4, 4:8, 1:4.
 
-    Mishra et al., arXiv 2104.08378, section 3.1 (2:4); Zhou et al., arXiv 2102.04010 (N:M).
+    Mishra et al., arXiv 2104.08378 (2:4); Zhou et al., arXiv 2102.04010 (N:M).
 
     Attributes:
         n: weights that stay when a ramp is done, whatever γ is.

@@ -160,7 +160,7 @@ def delayed_targeted_unit(begin: float = 0.5, drop_rate: float = 1.0, kinds: tup
 def xtreme(keeps: int = 3, drop_rate: float = 0.99) -> Recipe:
     """Xtreme pruning: ramping targeted dropout after which `keeps` weights of every filter (output row) are left.
 
-    Gomez et al., arXiv 1905.13678, section 5.3 (Xtreme-3, Xtreme-4). γ is ``1 - keeps/n`` with n the weights of a row,
+    Gomez et al., arXiv 1905.13678 (Xtreme-3, Xtreme-4). γ is ``1 - keeps/n`` with n the weights of a row,
     whatever the sparsifier is given.
 
     Args:

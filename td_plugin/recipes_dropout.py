@@ -12,7 +12,7 @@ from td_plugin.schedules import Constant, Linear, paper_ramp
 def dropconnect(drop_rate: float = 0.5) -> Recipe:
     """DropConnect: every weight is dropped with probability p, and the others are divided by 1 - p.
 
-    Wan et al., ICML 2013, "Regularization of neural networks using DropConnect", section 3. So the mean of the masked
+    Wan et al., ICML 2013, "Regularization of neural networks using DropConnect". So the mean of the masked
     weights is the dense tensor, and evaluation runs that: "mean weights". γ plays no part in training; one that is
     asked for is what evaluation and `squash_mask` prune, the smallest weights of each tensor, as the papers that
     compare with DropConnect do. Biases are neither dropped nor rescaled.
@@ -50,7 +50,7 @@ def unit_dropout(drop_rate: float = 0.5, kinds: tuple[str, ...] = ("neurons", "c
 def random_weight(drop_rate: float = 0.66, ramping: bool = False) -> Recipe:
     """Targeted weight dropout with random candidates: the control for what the ranking does.
 
-    Gomez et al., arXiv 1905.13678, section 5.4 (random pruning). The ranking is a function of the seed and the
+    Gomez et al., arXiv 1905.13678 (random pruning, before training). The ranking is a function of the seed and the
     tensor's name, so the same weights are candidates in every step. The authors' code takes each weight for a candidate
     with chance γ; here exactly ``int(γ·n)`` of every output row are.
 

@@ -82,7 +82,7 @@ def network_surgery(margin: float = 0.1) -> Recipe:
 def n_m(n: int = 2, m: int = 4, drop_rate: float = 1.0) -> Recipe:
     """N:M sparsity: of every `m` consecutive inputs of an output the `n` largest weights stay.
 
-    Mishra et al., arXiv 2104.08378, section 4: prune a trained model, then train it again. γ is ``1 - n/m`` whatever
+    Mishra et al., arXiv 2104.08378: prune a trained model, then train it again. γ is ``1 - n/m`` whatever
     the sparsifier is given.
 
     Args:
