@@ -1,4 +1,4 @@
-"""γ of every tensor by its shape, as a list for `prepare(config=...)`: uniform, and the rule of Erdős-Rényi-Kernel."""
+"""What the tensors' shapes say, as a list for `prepare(config=...)`: γ for each, and which of them a pattern fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.criteria import magnitude
+from td_plugin.errors import TdError
 from td_plugin.granularity import WholeTensor
 from td_plugin.selection import Config, select
 
@@ -64,6 +65,32 @@ def erk(model: nn.Module, level: float, config: Config = None, *, power: float =
     return [
         {"tensor_fqn": name, "sparsity_level": 0.0 if name in dense else 1.0 - scale * raw[name]} for name in shapes
     ]
+
+
+def fitting(model: nn.Module, recipe: Recipe, config: Config = None) -> list[dict[str, Any]]:
+    """The tensors that the recipe's pattern fits, as a config for `prepare`: for 2:4 those of a multiple of 4 inputs.
+
+    Args:
+        model: not prepared yet.
+        recipe: of single weights or blocks, as `recipes.n_m`.
+        config: the tensors to choose from, as for `prepare`; None takes all that a weight recipe takes.
+
+    Raises:
+        TdError: a wrong config, or none fits; why the last one does not is named.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found, problem = [], None
+    for choice in select(model, recipe, config).choices:
+        (first, *_) = choice.ranked
+        try:
+            recipe.granularity.to_groups([named[first.fqn].detach()], [first])
+        except TdError as error:
+            problem = error
+        else:
+            found.append({"tensor_fqn": first.fqn, **choice.overrides})
+    if problem is not None and not found:
+        raise problem
+    return found
 
 
 def _shapes(model: nn.Module, config: Config) -> dict[str, torch.Size]:

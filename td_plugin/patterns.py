@@ -77,7 +77,7 @@ class NM:
                 f"the inputs of the tensor cannot be divided into groups of {self.m}",
                 where=slice_.fqn,
                 got=f"{rows.shape[-1]} inputs, shape {tuple(importance.shape)}",
-                fix="leave the tensor out: name the others in config=[{'tensor_fqn': ...}]; or take another m",
+                fix="leave the tensor out: prepare(model, config=td.layerwise.fitting(model, recipe)); or another m",
             )
         return rows.reshape(-1, self.m)
 

@@ -183,7 +183,11 @@ def test_a_width_that_m_does_not_divide_is_named_with_the_fix() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(td.TdError, match=r"groups of 4; where: 2\.weight; got: 6 inputs.*config="):
         td.TargetedDropout(td.recipes.n_m(2, 4)).prepare(model)
-    td.TargetedDropout(td.recipes.n_m(2, 4)).prepare(model, [{"tensor_fqn": "0.weight"}])
+    config = td.layerwise.fitting(model, td.recipes.n_m(2, 4))
+    assert config == [{"tensor_fqn": "0.weight"}]
+    td.TargetedDropout(td.recipes.n_m(2, 4)).prepare(model, config)
+    with pytest.raises(td.TdError, match=r"groups of 5; where: 0\.weight"):
+        td.layerwise.fitting(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), td.recipes.n_m(2, 5))
 
 
 @pytest.mark.parametrize(
