@@ -70,7 +70,7 @@ class L1(Penalty):
 class GroupL1(Penalty):
     """``λ Σ_u √n_u ‖w_u‖₂``, n weights to a unit: ``w_u <- w_u·max(1 - lr·λ·√n_u/‖w_u‖₂, 0)``, whole units become 0.
 
-    The group lasso of Yuan and Lin 2006, equation 2.1; for networks: Wen et al., arXiv 1608.03665. A unit is what the
+    The group lasso of Yuan and Lin 2006; for networks: Wen et al., arXiv 1608.03665. A unit is what the
     recipe drops whole, over all its ranked tensors; for recipes of single weights, an output of the layer.
 
     Attributes:

@@ -22,7 +22,7 @@ LOG_ALPHAS = [-4.0, -1.5, 0.0, 0.7, 2.94, 5.0]
 
 
 def concrete_density(log_alpha: float, nodes: int = 400_001) -> tuple[np.ndarray, np.ndarray]:
-    """Points s in (0, 1) and weights of an integral over the binary concrete density (equation 22 of 1712.01312).
+    """Points s in (0, 1) and weights of an integral over the binary concrete density (Maddison et al., 1611.00712).
 
     The density is written out in s and integrated in its logit, where it has no spikes at the ends.
     """
@@ -52,7 +52,7 @@ def test_the_expected_l0_norm_and_the_moments_of_the_gate_are_those_of_its_densi
 
 
 def test_the_divergence_is_the_published_approximation_and_close_to_the_integral() -> None:
-    """KL(q || p) = E log|ε| - ½ log α + constant, ε ~ N(1, α): section 4.2 of 1701.05369; 0 as α goes to infinity."""
+    """KL(q || p) = E log|ε| - ½ log α + constant, ε ~ N(1, α) (1701.05369); 0 as α goes to infinity."""
 
     def exact(log_alpha: float) -> float:
         deviation = math.exp(log_alpha / 2)

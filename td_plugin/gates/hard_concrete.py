@@ -14,7 +14,7 @@ from td_plugin.errors import TdError
 from td_plugin.gates.contract import WHOLE_TENSOR, Gate, gated
 
 TEMPERATURE = 2 / 3
-"""β of the paper's equation 10 and section 4."""
+"""β of the paper's equation 10."""
 LOW, HIGH = -0.1, 1.1
 """γ and ζ of the paper: what the concrete variable is stretched to before it is clipped to [0, 1]."""
 
@@ -45,7 +45,7 @@ class HardConcrete(Gate):
         dropout: the chance 1 - sigmoid(log α) to start with.
     """
 
-    strength: float = 1e-5
+    strength: float = 1e-4
     learning_rate: float = 0.02
     dropout: float = 0.05
 
@@ -78,7 +78,7 @@ class HardConcrete(Gate):
 def hard_concrete(
     granularity: Granularity = WHOLE_TENSOR,
     *,
-    strength: float = 1e-5,
+    strength: float = 1e-4,
     learning_rate: float = 0.02,
     dropout: float = 0.05,
 ) -> Recipe:

@@ -85,7 +85,7 @@ class Smallify(Gate):
 def smallify(
     granularity: Granularity = WHOLE_TENSOR,
     *,
-    strength: float = 1e-4,
+    strength: float | None = None,
     learning_rate: float = 0.01,
     decay: float = 0.9,
     threshold: float = 0.5,
@@ -95,11 +95,11 @@ def smallify(
     The weight is ``w·β`` in training and evaluation; the loss grows by ``λ·Σ|β|``. A switch that has come to 0 changes
     its sign from step to step: where the moving variance of the sign exceeds a threshold it is off for good. Weights
     are pruned by ``|w·β|``; what is off is dropped whatever γ says. Leclerc et al., arXiv 1806.03723; the constants
-    0.9 and 0.5 are those of Gomez et al., arXiv 1905.13678, appendix.
+    0.9 and 0.5 are those of Gomez et al., arXiv 1905.13678.
 
     Args:
         granularity: single weights are ranked within it; `Units()`, one switch per unit.
-        strength: λ.
+        strength: λ. None: 1e-4, or 1e-3 with units.
         learning_rate: of β.
         decay: of the moving averages of the sign, in [0, 1).
         threshold: of the variance of the sign, in [0, 1).
@@ -109,4 +109,5 @@ def smallify(
     """
     for name, value in (("decay", decay), ("threshold", threshold)):
         check_fraction(value, name, where="gate 'smallify'")
+    strength = (1e-3 if granularity.kinds else 1e-4) if strength is None else strength
     return gated(Smallify(strength, learning_rate, decay, threshold), granularity, "smallify")

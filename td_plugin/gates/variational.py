@@ -51,7 +51,7 @@ class Variational(Gate):
 
     @property
     def local(self) -> bool:
-        """Outputs are drawn where a layer multiplies by its weights only: section 3.2, Kingma et al., 1506.02557."""
+        """Outputs are drawn where a layer multiplies by its weights only; Kingma et al., arXiv 1506.02557."""
         return True
 
     def initial(self, shape: torch.Size) -> Tensor:
@@ -83,7 +83,7 @@ class Variational(Gate):
 def deviation(
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, log_variance: Tensor
 ) -> Tensor:
-    """The standard deviation of a layer's outputs when every weight has noise of its own: section 3.2.
+    """The standard deviation of a layer's outputs when every weight has noise of its own.
 
     Args:
         product: what the layer computes of input, weight and bias.
@@ -98,7 +98,7 @@ def deviation(
 def variational(
     granularity: Granularity = WHOLE_TENSOR,
     *,
-    strength: float = 2e-5,
+    strength: float | None = None,
     learning_rate: float = 0.02,
     log_variance: float = -10.0,
 ) -> Recipe:
@@ -112,11 +112,13 @@ def variational(
 
     Args:
         granularity: single weights are ranked within it; `Units()`, one σ per unit.
-        strength: λ. The paper's is 1 / the number of training examples.
+        strength: λ; the paper's is 1 / the number of training examples. None: 2e-5, or 5e-4 with units. Of single
+            weights a strength that is too large for the number of steps closes all before the loss can object.
         learning_rate: of log σ².
         log_variance: log σ² to start with.
 
     Raises:
         TdError: an argument outside its range, or units that run through many tensors.
     """
+    strength = (5e-4 if granularity.kinds else 2e-5) if strength is None else strength
     return gated(Variational(strength, learning_rate, log_variance), granularity, "variational")
