@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import MODELS, build
 from safetensors.torch import load_file, save_file
 from test_hf import assert_equal, make_model, make_trainer, weights
 from torch import nn
 
 import td_plugin as td
+from td_plugin.export import shrink
 from td_plugin.gates.state import GateState
 from td_plugin.granularity import Units
 from td_plugin.integrations.hf import TargetedDropoutCallback
@@ -66,6 +68,30 @@ def test_the_best_checkpoint_comes_with_its_gates_and_the_end_bakes_them_in(tmp_
     assert mine.sparsifier.report().sparsity >= 0.49
     scores = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[int(best.name.split("-")[1])], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_heads_and_neurons_shrink(family: str, method: str) -> None:
+    """Of GPT-2 query, key and value are one tensor, and a unit's entries lie in three places."""
+    model = build(family)
+    recipe = METHODS[method] if METHODS[method].granularity.kinds else td.gates.hard_concrete(Units())
+    sparsifier = td.TargetedDropout(recipe, 0.5)
+    sparsifier.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = MODELS[family].inputs(5)
+    for _ in range(3):
+        sparsifier.step()
+        nn.functional.cross_entropy(model(tokens).logits, torch.arange(5) % 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+        small = shrink(model, round_to=1)
+        assert torch.allclose(small(tokens).logits, logits, atol=1e-5)
+        sparsifier.squash_mask()
+        assert torch.equal(model(tokens).logits, logits)
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
 
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import td_plugin as td
@@ -277,6 +278,40 @@ def test_masked_squashed_and_shrunk_compute_the_same(gate: str) -> None:
         assert small[0].out_channels == 4 and small[3].out_channels == 3
         sparsifier.squash_mask()
         assert torch.equal(model(images), logits)
+
+
+@pytest.mark.parametrize("gate", [name for name in GATES if "variational" not in name])
+def test_a_compiled_forward_is_the_same_and_learns(gate: str) -> None:
+    results = []
+    for compiled in (False, True):
+        model, sparsifier, optimizer = prepared(GATES[gate])
+        run = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(3):
+            sparsifier.step()
+            whole(run, optimizer)
+            optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            results.append([*[s.phi.detach() for s in states(sparsifier)], run(X)])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_half_precision_and_activation_checkpoints(gate: str) -> None:
+    results = []
+    for saved in (False, True):
+        model, sparsifier, optimizer = prepared(GATES[gate])
+        for _ in range(3):
+            sparsifier.step()
+            with torch.autocast("cpu", torch.bfloat16):
+                run = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False) if saved else model(X)
+            nn.functional.cross_entropy(run.float(), Y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([s.phi.detach() for s in states(sparsifier)])
+        assert all(state.updates == 3 and state.phi.isfinite().all() for state in states(sparsifier))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_gate_and_targeted_dropout_compose() -> None:

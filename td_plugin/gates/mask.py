@@ -52,6 +52,9 @@ class GateMask:
     def __init__(self, source: MaskSource, member: Member, state: GateState) -> None:
         self.source, self.fqn, self.state = source, member.fqn, state
         self._slice = member.slice
+        owners = member.slice.owners
+        # Which entries are the target's, where some are not.
+        self._mine = torch.tensor([owner >= 0 for owner in owners]) if owners and min(owners) < 0 else None
         self._mask = Mask(_Through(source, self), member.fqn)
         self._cached: tuple[Tensor | None, tuple[int, int], Tensor] | None = None
 
@@ -89,10 +92,10 @@ class GateMask:
 
     def _owned(self, value: Tensor, dense: Tensor) -> Tensor:
         """`value` for the entries of the target's units, `dense` for those of no unit or of another group's."""
-        if not self._slice.owners or min(self._slice.owners) >= 0:
+        if self._mine is None:
             return value
-        owned = torch.tensor([owner >= 0 for owner in self._slice.owners], device=dense.device)
-        return torch.where(owned.view([-1 if d == self._slice.dim else 1 for d in range(dense.dim())]), value, dense)
+        sizes = [-1 if d == self._slice.dim else 1 for d in range(dense.dim())]
+        return torch.where(self._mine.to(dense.device).view(sizes), value, dense)
 
     def apply(self, dense: Tensor, training: bool) -> Tensor:
         """The value the layer computes with, ``[*w]``."""
@@ -136,7 +139,7 @@ class GateMask:
         if found is None:
             return None
         found = self._spread(found, dense).to(dense.dtype)
-        return self._owned(found.expand(dense.shape), torch.ones_like(dense)) if self._slice.owners else found
+        return found if self._mine is None else self._owned(found, torch.ones_like(dense))
 
     def _gated(self, dense: Tensor) -> Tensor:
         value = self.value(dense)
