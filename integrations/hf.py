@@ -19,7 +19,7 @@ from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.sparsifier import TargetedDropout
-from td_plugin.target import EvalMask
+from td_plugin.switches import EvalMask
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

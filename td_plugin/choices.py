@@ -24,6 +24,7 @@ class Choice:
         removable: whether `shrink` knows the layers that read the units; not for single weights.
         evidence: slices that are ranked too but not silenced: what reads the units.
         kind: of the units; empty for single weights.
+        readers: what reads the units, whether it is evidence or not.
     """
 
     ranked: tuple[Slice, ...]
@@ -32,6 +33,7 @@ class Choice:
     removable: bool = True
     evidence: tuple[Slice, ...] = ()
     kind: str = ""
+    readers: tuple[Slice, ...] = ()
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -63,7 +65,7 @@ def units_of(model: nn.Module, recipe: Recipe, group: UnitGroup, overrides: dict
     ranked, carried = fresh(group.ranked), fresh(group.carried)
     reads = group.consumers if recipe.granularity.members == "all" else ()
     evidence = fresh(tuple(part for part in reads if parameter_of(model, part) is not None))
-    return Choice(ranked, carried, overrides or {}, evidence=evidence, kind=group.kind)
+    return Choice(ranked, carried, overrides or {}, evidence=evidence, kind=group.kind, readers=group.consumers)
 
 
 def whole_layer(name: str, module: nn.Module, dim: int) -> Choice:

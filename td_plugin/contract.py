@@ -43,23 +43,63 @@ if TYPE_CHECKING:
     from td_plugin.units import Slice
 
 
+Need = Literal["squared_gradient", "squared_product", "movement", "activation"]
+"""The fields of `Evidence` that only training steps can give; `td_plugin.evidence` gathers them."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a criterion may look at. The weight is the dense one, never the masked view.
 
+    Whole units are seen through their gates: a unit's output is multiplied by a gate of value 1, the gates of a group
+    are the ``[units]`` weight, and the gradients are those with respect to them.
+
     Attributes:
-        weight: ``[*w]`` dense weight, detached.
+        weight: ``[*w]`` dense weight, detached; ``[units]`` ones for gates.
         name: fully qualified tensor name; keys the fixed random importance.
         seed: the sparsifier's seed.
+        squared_gradient: ``[*w]``, mean over examples of the square of the gradient of each example's loss.
+        squared_product: ``[*w]``, mean over steps of ``(w·g)²``.
+        movement: ``[*w]``, minus the sum over steps of ``w·g``.
+        activation: broadcastable to ``[*w]``, mean over examples and positions of the magnitude of each input.
     """
 
     weight: Tensor
     name: str = ""
     seed: int = 0
+    squared_gradient: Tensor | None = None
+    squared_product: Tensor | None = None
+    movement: Tensor | None = None
+    activation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A criterion that needs more than the weight: the sparsifier gathers it from the training steps.
+
+    Attributes:
+        score: ``Evidence -> importance``.
+        need: the field of the evidence that `score` reads.
+        decay: what the evidence so far is multiplied by in every step; 1 forgets nothing.
+
+    Raises:
+        TdError: `decay` outside [0, 1]; when called, the evidence is missing.
+    """
+
+    score: Callable[[Evidence], Tensor]
+    need: Need
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fraction(self.decay, "decay", closed=True)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """``Evidence -> importance [*w]``."""
+        return self.score(evidence)
 
 
 Criterion = Callable[[Evidence], "Tensor"]
-"""``Evidence -> importance [*w]``, float32, higher = keep."""
+"""``Evidence -> importance [*w]``, float32, higher = keep; one that needs training steps is `Measured`."""
 
 Schedule = Callable[[float], float]
 """``time -> fraction in [0, 1]``; the unit of time is the caller's (steps, epochs or the share of the run done)."""

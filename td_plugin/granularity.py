@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from td_plugin.errors import TdError
-from td_plugin.patterns import NM, Block
+from td_plugin.patterns import NM, Block, InputUnits
 from td_plugin.units import Kind, Slice
 
-__all__ = ["KINDS", "NM", "Block", "Members", "OutputRow", "Units", "WholeTensor"]
+__all__ = ["KINDS", "NM", "Block", "InputUnits", "Members", "OutputRow", "Units", "WholeTensor"]
 
 Members = Literal["all", "producers"]
 """Whose importances make that of a unit: every tensor it runs through, or those that compute it."""

@@ -116,20 +116,22 @@ class Mask:
             replaced, never edited: the graph of an earlier forward still holds the old one.
         scale: what training multiplies the rest by.
         through: whether dropped entries get the gradient of the masked ones.
+        observe: is shown the gradient of the masked value in training, before it is masked; None: nobody looks.
     """
 
     def __init__(self, source: MaskSource, fqn: str, through: bool = False) -> None:
         self.source, self.fqn, self.through = source, fqn, through
         self.keep: Tensor | None = None
         self.scale = 1.0
+        self.observe: Callable[[Tensor], None] | None = None
         self._eval_keep: Tensor | None = None
         self._cached: Tensor | None = None
         self._cache_key: tuple[object, ...] = ()
 
     @property
     def plain(self) -> bool:
-        """Whether the masked value is the dense one or 0, and its gradient too."""
-        return self.scale == 1.0 and not self.through
+        """Whether the masked value is the dense one or 0, its gradient too, and nobody looks at that."""
+        return self.scale == 1.0 and not self.through and self.observe is None
 
     def keep_of(self, dense: Tensor, training: bool) -> Tensor | None:
         """What the layer keeps of `dense` now; None if all of it."""
@@ -146,13 +148,15 @@ class Mask:
         keep = self.keep_of(dense, training)
         if keep is None:
             return dense
-        if not self.plain and (training or torch.is_grad_enabled()):
-            return masked(keep, dense, self.scale if training else 1.0, self.through)
+        scale = self.scale if training else 1.0
         if torch.compiler.is_compiling():
-            return select(keep, dense)
+            return masked(keep, dense, scale, self.through)
         if training or torch.is_grad_enabled():
-            value = select(keep, dense)
-            note(value, dense, keep, self.fqn)
+            value = masked(keep, dense, scale, self.through)
+            if scale == 1.0:
+                note(value, dense, keep, self.fqn)
+            if training and self.observe is not None and value.requires_grad:
+                value.register_hook(self.observe)
             return value
         if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
             self._cached = select(keep, dense)  # materialised once, so `generate` pays nothing per token

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from td_plugin import masked_linear
 from td_plugin.errors import TdError
+from td_plugin.hooks import unhook
 from td_plugin.mask import TensorMask
 from td_plugin.masked_view import masked_view
 from td_plugin.remaking import Remaking
@@ -202,4 +203,5 @@ def bake(model: nn.Module, settled: bool = False) -> int:
                 mask.write_(dense, keep)
     for module in {id(module): module for module, _, _ in found}.values():
         detach(module)
+    unhook(model.modules())
     return len(found)

@@ -152,3 +152,43 @@ class Block:
         rows = blocks.repeat_interleave(self.rows, 0)[:outputs]
         matrix = rows.repeat_interleave(self.columns, 1)[:, :inputs]
         return matrix.reshape(outputs, *rest).movedim(0, slice_.dim)
+
+
+@dataclass(frozen=True)
+class InputUnits:
+    """The weights of one layer that read the same input, ranked within their tensor by the norm of their importances.
+
+    They are zeroed in this layer only: others may read the same input. `granularity.Units` drops what computes it.
+    """
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """No whole units: nothing can be removed."""
+        return ()
+
+    @property
+    def members(self) -> Literal["all", "producers"]:
+        """The tensor itself."""
+        return "producers"
+
+    @property
+    def single(self) -> bool:
+        """Groups are columns."""
+        return False
+
+    @property
+    def keeps(self) -> int | None:
+        """γ decides."""
+        return None
+
+    def to_groups(self, importances: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
+        """``[*w] -> [1, inputs]``."""
+        (importance,), (slice_,) = importances, slices
+        columns = _outputs_first(importance, slice_.dim).movedim(1, 0).flatten(1)
+        return columns.float().square().sum(1).sqrt().unsqueeze(0)
+
+    def to_mask(self, groups: Tensor, slice_: Slice, shape: Sequence[int]) -> Tensor:
+        """``[1, inputs] -> [*w]``."""
+        sizes = [1] * len(shape)
+        sizes[0 if slice_.dim else 1] = -1
+        return groups.view(sizes).expand(*shape)

@@ -13,6 +13,7 @@ from td_plugin.bits import pack, unpack
 from td_plugin.contract import Evidence, Recipe
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
+from td_plugin.evidence import Observer
 from td_plugin.gates.state import GateState
 from td_plugin.masks import Cut, cut
 from td_plugin.members import Member
@@ -31,12 +32,15 @@ class Ranking:
         generation: counts how often the candidates were found anew.
         memory: what training dropped last, for recipes that remember it; None for the others.
         learns: whether what is found here goes into `memory`, as it does in training.
+        observer: has the evidence that the criterion needs besides the weights; None for most. As long as it has none,
+            there are no candidates.
     """
 
     def __init__(self, recipe: Recipe, members: Sequence[Member], memory: Memory | None, learns: bool) -> None:
         self.gate: GateState | None = None
         self._recipe, self._members = recipe, members
         self.memory, self.learns = memory, learns
+        self.observer: Observer | None = None
         self._cut: Cut | None = None
         self._found: Tensor | None = None
         self._key: tuple[object, ...] | None = None
@@ -53,10 +57,13 @@ class Ranking:
         Raises:
             TdError: an importance is not finite.
         """
-        scores = [self._score(member, seed) for member in self._members]
-        if self.gate is not None and not self.gate.per_unit:
-            scores = [self.gate.importance(score) for score in scores]
-        groups = self._recipe.granularity.to_groups(scores, [m.slice for m in self._members])
+        if self.observer is not None and self.observer.ready and self.observer.scene.units:
+            groups = self._recipe.criterion(self.observer.evidence(seed)).unsqueeze(0)
+        else:
+            scores = [self._score(member, seed) for member in self._members]
+            if self.gate is not None and not self.gate.per_unit:
+                scores = [self.gate.importance(score) for score in scores]
+            groups = self._recipe.granularity.to_groups(scores, [m.slice for m in self._members])
         if self.gate is not None and self.gate.per_unit:
             groups = self.gate.importance(groups)
         if not torch.isfinite(groups.sum()):  # one pass; a sum of magnitudes hides no NaN
@@ -66,6 +73,9 @@ class Ranking:
     def _score(self, member: Member, seed: int) -> Tensor:
         if self._recipe.criterion is magnitude and self._recipe.granularity.kinds:
             return member.parameter.detach()  # the norm of a unit does not see signs: no copy to take them off
+        if self.observer is not None:
+            ready = self.observer.ready
+            return self._recipe.criterion(self.observer.evidence(seed)) if ready else member.parameter.detach().float()
         return self._recipe.criterion(Evidence(member.parameter.detach(), member.fqn, seed))
 
     def _rows(self) -> Tensor | None:
@@ -86,7 +96,8 @@ class Ranking:
         """What changes when the weights do."""
         parameters: list[Tensor] = [m.parameter for m in self._members]
         parameters += [] if self.gate is None else [self.gate.phi]
-        return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters)
+        seen = () if self.observer is None else (self.observer.version,)
+        return (*seen, *((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters))
 
     @property
     def settled(self) -> bool:
@@ -112,6 +123,10 @@ class Ranking:
         Raises:
             TdError: an importance is not finite.
         """
+        if self.observer is not None:
+            if not self.learns:
+                self.observer.end_step(alone=True)
+            level = level if self.observer.ready else 0.0
         if self._cut is not None and self._valid(level, seed, hold):
             return self._cut
         rows = self._rows()

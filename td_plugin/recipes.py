@@ -1,7 +1,8 @@
 """Every named method: one expression, one citation.
 
 Those of targeted dropout are here; magnitude pruning and its kin come from `td_plugin.recipes_pruning`, dropout without
-a target and random candidates from `td_plugin.recipes_dropout`.
+a target and random candidates from `td_plugin.recipes_dropout`, what needs gradients or activations from
+`td_plugin.recipes_evidence`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from td_plugin.criteria import magnitude as by_magnitude
 from td_plugin.errors import TdError
 from td_plugin.granularity import KINDS, Members, OutputRow, Units
 from td_plugin.recipes_dropout import dropconnect, random_unit, random_weight, unit_dropout
+from td_plugin.recipes_evidence import ard, fisher, movement, taylor
 from td_plugin.recipes_pruning import (
     block,
     gradual_magnitude,
@@ -24,13 +26,16 @@ from td_plugin.recipes_pruning import (
 from td_plugin.schedules import After, Linear, paper_ramp
 
 __all__ = [
+    "ard",
     "block",
     "delayed_targeted_unit",
     "delayed_targeted_weight",
     "dropconnect",
+    "fisher",
     "gradual_magnitude",
     "iterative_magnitude",
     "magnitude",
+    "movement",
     "n_m",
     "network_surgery",
     "ramping_targeted_unit",
@@ -39,6 +44,7 @@ __all__ = [
     "random_weight",
     "targeted_unit",
     "targeted_weight",
+    "taylor",
     "unit_dropout",
     "xtreme",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,8 @@ from td_plugin.parametrization import bake, refuse_masked
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.state import kept_params, merged_masks, restore, set_levels, snapshot
-from td_plugin.target import EvalMask, Switches, Target
+from td_plugin.switches import EvalMask, Switches
+from td_plugin.target import Target
 from td_plugin.targets import make_targets
 
 
@@ -88,7 +88,7 @@ class TargetedDropout(BaseSparsifier):
     @property
     def remembers(self) -> bool:
         """Whether weights and step do not say all: `state_dict` must go into a checkpoint for a run to resume."""
-        return any(target.gate is not None or target.snapshot() for target in self._targets)
+        return any(target.remembers for target in self._targets)
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -128,7 +128,7 @@ class TargetedDropout(BaseSparsifier):
 
     def _claim(self) -> None:
         for target in self._targets:
-            target.owner = weakref.ref(self)
+            target.claim(self)
         self._training.listen()
 
     def _prepared(self) -> nn.Module:
@@ -208,7 +208,7 @@ class TargetedDropout(BaseSparsifier):
             return
         kept = kept_params(self.groups, params_to_keep, params_to_keep_per_layer)
         for target in self._targets:
-            target.forget()  # in-place edits through `.data` leave no other sign
+            target.finish()  # in-place edits through `.data` leave no other sign
         report = self.report()
         bake(self._prepared(), settled=True)
         self._training.close()

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from td_plugin.bits import dropped_by, flags_of, pack
 from td_plugin.contract import Recipe, check_fraction
-from td_plugin.errors import TdError
 from td_plugin.gates.mask import make_masks
 from td_plugin.gates.state import GateState
 from td_plugin.mask import TensorMask
 from td_plugin.masks import draw, draw_key
 from td_plugin.members import Member
 from td_plugin.memory import Memory
+from td_plugin.observers import observer_of
 from td_plugin.parametrization import attach
 from td_plugin.pool import Together
 from td_plugin.ranking import Ranking
 from td_plugin.report import SparsityRow
-
-EvalMask = Literal["pruned", "expected", "dense"]
-"""What evaluation drops: the share γ of every pool, the share γ·α that training drops on average, or nothing."""
-
-
-@dataclass
-class Switches:
-    """What all targets of one sparsifier share; plain values, so that a deep copy of the model keeps its own.
-
-    Attributes:
-        dense: masks are switched off.
-        refresh_now: the next step ranks the weights anew, whatever `refresh_every` says.
-    """
-
-    seed: int = 0
-    eval_mask: EvalMask = "pruned"
-    refresh_every: int = 1
-    dense: bool = False
-    refresh_now: bool = False
-
-    def __post_init__(self) -> None:
-        every = self.refresh_every
-        if self.eval_mask not in get_args(EvalMask):
-            raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned', 'expected' or 'dense'")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
+from td_plugin.switches import Switches
+from td_plugin.units import Slice
 
 
 class Target:
@@ -60,9 +36,17 @@ class Target:
         place: its index among the targets.
         memory: what its ranking remembers, for recipes that have it remember.
         together: gives the targets their γ, for recipes with `rates`.
+        observer: gathers what the criterion needs besides the weights; None for most.
     """
 
-    def __init__(self, recipe: Recipe, config: dict[str, Any], members: list[Member], switches: Switches) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: dict[str, Any],
+        members: list[Member],
+        switches: Switches,
+        readers: Sequence[tuple[nn.Module, Slice]] = (),
+    ) -> None:
         self.recipe, self.config, self.switches = recipe, config, switches
         self.owner: weakref.ref[object] | None = None
         self.members = [m for m in members if m.masked]
@@ -78,6 +62,14 @@ class Target:
         for member, mask in zip(self.members, self.masks, strict=True):
             for module, name in ((member.module, member.slice.tensor), *member.tied):
                 attach(module, name, mask)
+        self.observer = observer_of(recipe, self.members, self.masks, readers, switches.sight)
+        self._sampled.observer = self._shipped.observer = self.observer
+
+    def claim(self, owner: object) -> None:
+        """Belong to the sparsifier `owner`, whose training is observed from here on."""
+        self.owner = weakref.ref(owner)
+        if self.observer is not None:
+            self.observer.listen()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None}
@@ -175,6 +167,16 @@ class Target:
         for mask in self.masks:
             mask.train()
 
+    def finish(self) -> None:
+        """`forget`, before the masks are baked in.
+
+        Raises:
+            TdError: what the criterion needs has never come.
+        """
+        if self.observer is not None:
+            self.observer.require()
+        self.forget()
+
     def draw(self, step: int, micro_step: int, fresh: bool, learn: bool = True) -> None:
         """Replace every member's training mask by a new sample.
 
@@ -187,6 +189,8 @@ class Target:
         if self.gate is not None:
             self.gate.draw(draw_key(self.switches.seed, step, micro_step, self.name, "gate"))
         every, rate = self.switches.refresh_every, self.level("drop_rate")
+        if fresh and learn and self.observer is not None:
+            self.observer.begin_step()
         never = rate == 0 and self.level("target_drop_rate") == 0
         if never or (rate == 1 and self._sampled.settled and self._final(self.asked(True))):
             return  # no mask and no ranking, or the masks stay as they are
@@ -208,20 +212,27 @@ class Target:
                 mask.scale = 1.0 / (1.0 - rate)
 
     def snapshot(self) -> dict[str, Any]:
-        """What the ranking remembers, JSON-able; empty for recipes without memory."""
-        remembered = {} if self.memory is None else {"memory": self.memory.snapshot()}
-        return remembered if self.gate is None else {**remembered, "gate": self.gate.snapshot()}
+        """What lies in neither weights nor step, JSON-able: memory, gate, evidence; empty for recipes without."""
+        parts = {"memory": self.memory, "gate": self.gate, "evidence": self.observer}
+        return {name: part.snapshot() for name, part in parts.items() if part is not None}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `snapshot` has anything to say."""
+        return not (self.memory is None and self.gate is None and self.observer is None)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `snapshot` gave.
 
         Raises:
-            TdError: a damaged memory.
+            TdError: a damaged memory, or damaged evidence.
         """
         if self.memory is not None:
             self.memory.restore(saved.get("memory", {}), self.name)
         if self.gate is not None:
             self.gate.restore(saved.get("gate", {}), self.name)
+        if self.observer is not None:
+            self.observer.restore(saved.get("evidence", {}))
 
     def row(self) -> SparsityRow:
         """What the deterministic mask drops."""

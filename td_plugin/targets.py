@@ -11,8 +11,10 @@ from td_plugin.choices import Choice, parameter_of
 from td_plugin.contract import Recipe
 from td_plugin.gates.state import refuse_tied
 from td_plugin.members import holders_of, members_of
+from td_plugin.observers import refuse_unseen
 from td_plugin.pool import Together
-from td_plugin.target import Switches, Target
+from td_plugin.switches import Switches
+from td_plugin.target import Target
 from td_plugin.units import Slice
 
 
@@ -29,18 +31,22 @@ def make_targets(
         switches: shared by all targets of a sparsifier.
 
     Raises:
-        TdError: a tensor that the granularity cannot divide, a gate on a tied weight; the model is unchanged then.
+        TdError: a tensor that the granularity cannot divide, a gate on a tied weight, a layer that the criterion cannot
+            look into; the model is unchanged then.
     """
     holders = holders_of(model)
     members = [members_of(model, choice, holders) for choice in choices]
     if recipe.gate is not None:
         refuse_tied(members)
+    for of_choice in members:
+        refuse_unseen(recipe, of_choice)
     # All levels first: a tensor that the pattern does not fit must leave the others without masks.
     fixed = [_fixed_level(model, recipe, choice) for choice in choices]
     targets = []
     for choice, of_choice, levels in zip(choices, members, fixed, strict=True):
         config = _config(model, choice.ranked[0], {**defaults, **levels, **choice.overrides})
-        targets.append(Target(recipe, config, of_choice, switches))
+        readers = [(model.get_submodule(part.module), part) for part in choice.readers]
+        targets.append(Target(recipe, config, of_choice, switches, readers))
         targets[-1].place = len(targets) - 1
     if recipe.rates is not None:
         together = Together(recipe.rates, targets)
