@@ -18,6 +18,7 @@ from torch import nn
 from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.evidence import use_scaler
 from td_plugin.sparsifier import TargetedDropout
 from td_plugin.switches import EvalMask
 
@@ -28,6 +29,7 @@ except ImportError as error:
     raise TdError("transformers is not installed", got=error, fix="pip install 'td-plugin[hf]'") from error
 
 from td_plugin.integrations import hf_state
+from td_plugin.integrations.distillation import Distillation, Teaching
 
 logger = logging.get_logger("td_plugin")
 
@@ -55,6 +57,7 @@ class TargetedDropoutCallback(TrainerCallback):
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
         eval_mask: ``"pruned"``, ``"expected"`` as of `TargetedDropout`, or ``"dense"`` to evaluate without masks.
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
+        distillation: learn from the dense model, too (`td_plugin.integrations.distillation`).
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
 
     Attributes:
@@ -79,6 +82,7 @@ class TargetedDropoutCallback(TrainerCallback):
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
+        distillation: Distillation | None = None,
         squash: bool = True,
     ) -> None:
         length = 1.0 if recipe_steps is None else recipe_steps
@@ -96,12 +100,35 @@ class TargetedDropoutCallback(TrainerCallback):
         self._new()  # a wrong γ is said now, not hours later
         self._config, self._length, self._squash = config, length, squash
         self._redraws = mask_every == "micro_batch"
+        self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
 
+    def on_init_end(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Copy the teacher before a checkpoint is loaded into the model."""
+        if self._teaching is not None:
+            self._teaching.meet(model)
+
     def on_train_begin(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
+        if self._teaching is not None:
+            self._teaching.begin(model, resumed=state.global_step > 0)
         sparsifier = attached_sparsifier(model)
         if sparsifier is None:
             sparsifier = self._new()
@@ -110,6 +137,9 @@ class TargetedDropoutCallback(TrainerCallback):
             raise TdError("two TargetedDropoutCallbacks drive one model", where=type(model).__name__, fix="keep one")
         _DRIVERS[sparsifier] = weakref.ref(self)
         self.sparsifier = sparsifier
+        scaler = getattr(optimizer, "scaler", None)  # of accelerate's wrapper, under fp16
+        if scaler is not None:
+            use_scaler(sparsifier, scaler)
         hf_state.resume(state, sparsifier)
         sparsifier.evaluate_at_target()
         self._set_progress(state)
@@ -170,6 +200,8 @@ class TargetedDropoutCallback(TrainerCallback):
     ) -> None:
         """Bake the deterministic masks in; the best checkpoint, if asked for, has been loaded by now."""
         sparsifier = self._active()
+        if self._teaching is not None:
+            self._teaching.end()
         hf_state.load_best(args, state, sparsifier)
         sparsifier.set_progress(1.0)
         report = sparsifier.report()

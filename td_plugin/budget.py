@@ -128,10 +128,23 @@ def widths(
         importances = [_importance(model, group, recipe) for group in groups]
         possible = [possible_widths(group, budget.floors.get(group.kind, 1), budget.round_to) for group in groups]
         kept = _by_budget(ladders(groups, possible, importances, costs), costs, budget)
+    return summary(model, structure, groups, kept)
+
+
+def summary(model: nn.Module, structure: Structure, groups: Sequence[UnitGroup], kept: Mapping[str, Kept]) -> Widths:
+    """`Widths` of a choice: what each of `groups` keeps, and what the whole model has before and after.
+
+    Args:
+        model: the one that `structure` was found in.
+        structure: its groups are there.
+        groups: those that take part.
+        kept: by name, how many units stay, or which.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     tied = {key for key, holders in Counter(map(id, named.values())).items() if holders > 1}
     rows = tuple(Row(g.name, g.kind, _first_tensor(g, named, tied), g.units, _number(kept[g.name])) for g in groups)
-    return Widths(rows, _before_and_after(parameters, kept), None if work is None else _before_and_after(work, kept))
+    flops = _before_and_after(work_costs(structure.work, groups), kept) if structure.work else None
+    return Widths(rows, _before_and_after(parameter_costs(model, groups), kept), flops)
 
 
 def _number(kept: Kept) -> int:

@@ -204,6 +204,23 @@ class Observer(ABC):
         return self.running.snapshot()
 
 
+def evidence_of(sparsifier: TargetedDropout) -> dict[str, Evidence]:
+    """What has been gathered so far, by target name; the step that runs is ended.
+
+    Raises:
+        TdError: not prepared, a recipe that needs no evidence, or a target that has none.
+    """
+    observers = {target.name: target.observer for target in sparsifier._targets}
+    if not observers or None in observers.values():
+        raise TdError("the sparsifier gathers no evidence", got=repr(sparsifier), fix="prepare it with fisher()")
+    found = {}
+    for name, observer in observers.items():
+        if observer is not None:
+            observer.require()
+            found[name] = observer.evidence(sparsifier.seed)
+    return found
+
+
 def use_scaler(sparsifier: TargetedDropout, scaler: Scaler) -> None:
     """For loops with a `torch.amp.GradScaler`: gradients are divided by what it multiplies the loss by, from now on."""
     sparsifier._switches.sight.scaler = scaler
