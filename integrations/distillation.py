@@ -125,7 +125,7 @@ class Lesson:
         taught = self._taught(args, self.asks(clean))
         where = _positions(model, kwargs.get("labels"), output["logits"])
         loss = (1 - self._of.logits) * output["loss"]
-        scale = self._scale(args, clean, kwargs)
+        scale = self._scale(args, clean, kwargs, where)
         if self._of.logits:
             loss = loss + scale * self._of.logits * soft_targets(
                 output["logits"], taught["logits"], self._of.temperature, where
@@ -143,7 +143,9 @@ class Lesson:
         where = attended.bool() if fits and attended is not None else None
         return hidden_states(states, taught["hidden_states"], where)
 
-    def _scale(self, args: tuple[Any, ...], clean: dict[str, Any], kwargs: dict[str, Any]) -> Tensor | float:
+    def _scale(
+        self, args: tuple[Any, ...], clean: dict[str, Any], kwargs: dict[str, Any], where: Tensor | None
+    ) -> Tensor | float:
         """What a mean over this micro-batch is multiplied by to be on a par with the model's own loss.
 
         With accumulation the Trainer may pass the number of labels of all micro-batches of a step. Some models divide
@@ -156,7 +158,8 @@ class Lesson:
             plain = self._taught(args, {**clean, "labels": labels})
             told = self._taught(args, {**clean, "labels": labels, "num_items_in_batch": items * 0 + 1e6})
             self._divides["answer"] = bool(plain["loss"] != told["loss"])
-        return labels.ne(-100).sum() / items if self._divides["answer"] else 1.0
+        here = labels.ne(-100) if where is None else where
+        return here.sum() / items if self._divides["answer"] else 1.0
 
 
 def _positions(model: nn.Module, labels: Tensor | None, logits: Tensor) -> Tensor | None:

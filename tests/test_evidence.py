@@ -122,7 +122,7 @@ def test_fisher_is_the_mean_over_examples_one_by_one(case: str) -> None:
         for name, evidence in found.items():
             want = expected[name] if step == 0 else (0.99 * before[name] + expected[name]) / 1.99
             assert torch.allclose(evidence.squared_gradient, want, rtol=1e-4, atol=1e-8)
-            dense = model.get_parameter(name).detach()
+            dense = dict(model.named_parameters())[name].detach()
             assert torch.allclose(fisher_information(evidence), 0.5 * dense**2 * want, rtol=1e-4, atol=1e-9)
 
 
