@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput
 
 from td_plugin.contract import check_fraction
 from td_plugin.distillation import hidden_states, soft_targets
@@ -114,11 +115,11 @@ class Lesson:
         Raises:
             TdError: the model has returned no loss, or no logits.
         """
-        if not isinstance(output, Mapping) or output.get("loss") is None or output.get("logits") is None:
+        if not isinstance(output, ModelOutput) or output.get("loss") is None or output.get("logits") is None:
             raise TdError(
                 "distillation adds to the loss that the model returns, and it has returned none, or no logits",
                 where=type(model).__name__,
-                got=sorted(output) if isinstance(output, Mapping) else type(output).__name__,
+                got=sorted(output) if isinstance(output, ModelOutput) else type(output).__name__,
                 fix="leave out label_smoothing_factor and compute_loss_func, and pass labels to the model",
             )
         clean = {name: value for name, value in kwargs.items() if name not in _OURS}

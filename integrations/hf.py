@@ -103,7 +103,7 @@ class TargetedDropoutCallback(TrainerCallback):
         self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
 
-    def on_init_end(  # type: ignore[override]
+    def on_init_end(
         self,
         args: TrainingArguments,
         state: TrainerState,

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -144,9 +144,17 @@ class Observer(ABC):
         weight = scene.first.parameter.detach()
         if scene.units:
             weight = torch.ones(scene.units, device=weight.device)
-        value = self.running.value
-        base = Evidence(weight, scene.first.fqn, seed)
-        return base if value is None else replace(base, **{scene.measured.need: self.shaped(value.to(weight.device))})
+        value, need = self.running.value, scene.measured.need
+        value = None if value is None else self.shaped(value.to(weight.device))
+        return Evidence(
+            weight,
+            scene.first.fqn,
+            seed,
+            squared_gradient=value if need == "squared_gradient" else None,
+            squared_product=value if need == "squared_product" else None,
+            movement=value if need == "movement" else None,
+            activation=value if need == "activation" else None,
+        )
 
     def end_step(self, alone: bool = False) -> None:
         """The step is over: its sums go into the totals.

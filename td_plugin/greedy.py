@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from td_plugin.budget import Budget, summary
-from td_plugin.costs import Kept, parameter_costs, work_costs
+from td_plugin.costs import Exact, Kept, parameter_costs, work_costs
 from td_plugin.errors import TdError
 from td_plugin.evidence import evidence_of
 from td_plugin.sparsifier import TargetedDropout
@@ -32,7 +32,7 @@ from td_plugin.widths import Widths, possible_widths
 class Price(Protocol):
     """What a model costs: `td_plugin.costs.Costs`, or `Milliseconds`."""
 
-    def total(self, kept: Mapping[str, Kept] | None = None, group: str | None = None) -> Fraction:
+    def total(self, kept: Mapping[str, Kept] | None = None, group: str | None = None) -> Exact:
         """What is left when each group keeps `kept[name]`; of all of it, or of what `group` has a part in."""
         ...
 
@@ -98,7 +98,7 @@ def _remove(found: Sequence[_Stairs], price: Price, most: Fraction) -> dict[str,
     kept: dict[str, Kept] = {one.group.name: one.kept(0) for one in found}
     left = price.total(kept)
 
-    def ratio(i: int) -> tuple[float, Fraction]:
+    def ratio(i: int) -> tuple[float, Exact]:
         name = found[i].group.name
         after = {**kept, name: found[i].kept(steps[i] + 1)}
         saved = price.total(kept, group=name) - price.total(after, group=name)

@@ -72,8 +72,7 @@ def unhook(modules: Iterable[nn.Module], deaf: bool = False) -> None:
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         ):
-            ours = [key for key, hook in hooks.items() if isinstance(hook, (After, Before))]
-            for key in ours:
-                if not deaf or hooks[key].saw is None:  # type: ignore[union-attr]
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (After, Before)) and (not deaf or hook.saw is None):
                     del hooks[key]
                     flags.pop(key, None)

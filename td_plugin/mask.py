@@ -156,7 +156,7 @@ class Mask:
             if scale == 1.0:
                 note(value, dense, keep, self.fqn)
             if training and self.observe is not None and value.requires_grad:
-                value.register_hook(self.observe)
+                value.register_hook(self.observe)  # type: ignore[no-untyped-call]
             return value
         if self._cached is None or (self._cached.is_inference() and not torch.is_inference_mode_enabled()):
             self._cached = select(keep, dense)  # materialised once, so `generate` pays nothing per token

@@ -64,7 +64,7 @@ class Examples(Observer):
 
     def _forward(self, x: Tensor, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(partial(self._saw, x.detach()))
+            output.register_hook(partial(self._saw, x.detach()))  # type: ignore[no-untyped-call]
 
     def _saw(self, x: Tensor, grad: Tensor) -> None:
         if x.dim() == 1:  # one example, without a batch
@@ -115,7 +115,8 @@ class GatesOfExamples(Observer):
     def _look(self, dim: int, part: Slice, value: Tensor) -> Tensor:
         if self._gates is not None:  # of an earlier micro-batch
             self.flush()
-        value.register_hook(partial(self._saw, dim, part, value.detach(), self._kept_units()))
+        look = partial(self._saw, dim, part, value.detach(), self._kept_units())
+        value.register_hook(look)  # type: ignore[no-untyped-call]
         return value
 
     def _kept_units(self) -> Tensor:
@@ -147,8 +148,8 @@ class Activity(Observer):
 
     def __init__(self, scene: Scene, sight: Sight) -> None:
         weight = scene.first.parameter
-        groups = scene.first.module.groups if is_convolution(scene.first.module) else 1
-        self._groups = int(groups)  # type: ignore[call-overload]
+        module = scene.first.module
+        self._groups = module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
         inputs = weight.shape[0 if is_transposed(scene.first.module) else 1] * self._groups
         super().__init__(scene, sight, torch.Size([inputs]))
 

@@ -98,7 +98,7 @@ def gate_gradients(value: Tensor, grad: Tensor, dim: int) -> Tensor:
 def by_unit(entries: Tensor, part: Slice, units: int) -> Tensor:
     """``[*, entries] -> [*, units]``: the sum over the entries of each unit."""
     if not part.owners:
-        sums = entries.unflatten(-1, (-1, part.span)).sum(-1)
+        sums = entries.reshape(*entries.shape[:-1], -1, part.span).sum(-1)
         return pad(sums, (0, units - sums.shape[-1]))
     owners = part.units(len(part.owners)).to(entries.device)
     owned = owners >= 0

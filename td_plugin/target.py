@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from td_plugin.bits import dropped_by, flags_of, pack
 from td_plugin.contract import Recipe, check_fraction
+from td_plugin.evidence import Observer
 from td_plugin.gates.mask import make_masks
 from td_plugin.gates.state import GateState
 from td_plugin.mask import TensorMask
 from td_plugin.masks import draw, draw_key
 from td_plugin.members import Member
 from td_plugin.memory import Memory
-from td_plugin.observers import observer_of
 from td_plugin.parametrization import attach
 from td_plugin.pool import Together
 from td_plugin.ranking import Ranking
 from td_plugin.report import SparsityRow
 from td_plugin.switches import Switches
-from td_plugin.units import Slice
 
 
 class Target:
@@ -39,14 +37,7 @@ class Target:
         observer: gathers what the criterion needs besides the weights; None for most.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: dict[str, Any],
-        members: list[Member],
-        switches: Switches,
-        readers: Sequence[tuple[nn.Module, Slice]] = (),
-    ) -> None:
+    def __init__(self, recipe: Recipe, config: dict[str, Any], members: list[Member], switches: Switches) -> None:
         self.recipe, self.config, self.switches = recipe, config, switches
         self.owner: weakref.ref[object] | None = None
         self.members = [m for m in members if m.masked]
@@ -62,8 +53,11 @@ class Target:
         for member, mask in zip(self.members, self.masks, strict=True):
             for module, name in ((member.module, member.slice.tensor), *member.tied):
                 attach(module, name, mask)
-        self.observer = observer_of(recipe, self.members, self.masks, readers, switches.sight)
-        self._sampled.observer = self._shipped.observer = self.observer
+        self.observer: Observer | None = None
+
+    def watch(self, observer: Observer | None) -> None:
+        """Rank by what `observer` gathers, too."""
+        self.observer = self._sampled.observer = self._shipped.observer = observer
 
     def claim(self, owner: object) -> None:
         """Belong to the sparsifier `owner`, whose training is observed from here on."""

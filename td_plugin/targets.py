@@ -11,7 +11,7 @@ from td_plugin.choices import Choice, parameter_of
 from td_plugin.contract import Recipe
 from td_plugin.gates.state import refuse_tied
 from td_plugin.members import holders_of, members_of
-from td_plugin.observers import refuse_unseen
+from td_plugin.observers import observer_of, refuse_unseen
 from td_plugin.pool import Together
 from td_plugin.switches import Switches
 from td_plugin.target import Target
@@ -45,8 +45,10 @@ def make_targets(
     targets = []
     for choice, of_choice, levels in zip(choices, members, fixed, strict=True):
         config = _config(model, choice.ranked[0], {**defaults, **levels, **choice.overrides})
+        target = Target(recipe, config, of_choice, switches)
         readers = [(model.get_submodule(part.module), part) for part in choice.readers]
-        targets.append(Target(recipe, config, of_choice, switches, readers))
+        target.watch(observer_of(recipe, target.members, target.masks, readers, switches.sight))
+        targets.append(target)
         targets[-1].place = len(targets) - 1
     if recipe.rates is not None:
         together = Together(recipe.rates, targets)

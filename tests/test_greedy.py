@@ -21,7 +21,7 @@ from td_plugin.units import Structure
 
 
 def trained(level: float = 0.1) -> tuple[nn.Module, td.TargetedDropout, Structure]:
-    model = mlp()
+    model = mlp(nn.GELU)  # every unit matters
     structure = survey(model, {"input": batch(4, 5)[0]}, source="graph")
     sparsifier = prepared(model, constant(td.recipes.fisher(UNITS)), level, example_inputs={"input": batch(4, 5)[0]})
     for step in range(3):
