@@ -162,11 +162,7 @@ class Target:
             mask.train()
 
     def finish(self) -> None:
-        """`forget`, before the masks are baked in.
-
-        Raises:
-            TdError: what the criterion needs has never come.
-        """
+        """`forget`, before the masks are baked in; a `TdError` if what the criterion needs has never come."""
         if self.observer is not None:
             self.observer.require()
         self.forget()
