@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from td_plugin.contract import check_fraction
 from td_plugin.distillation import hidden_states, soft_targets
