@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -56,10 +56,16 @@ class Sight:
     Attributes:
         scaler: of the user's mixed-precision loop; None if gradients come as they are.
         seen: whether any of them has seen anything.
+        observers: in the order of the targets.
     """
 
     scaler: Scaler | None = None
     seen: bool = False
+    observers: list[Observer] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Nothing has been seen of a model that is prepared now."""
+        self.seen, self.observers = False, []
 
     @property
     def scale(self) -> float:
@@ -116,6 +122,7 @@ class Observer(ABC):
         self.scene, self.sight = scene, sight
         self.running = Running(RULES[scene.measured.need], scene.measured.decay, shape or scene.shape)
         self._waited = 0
+        sight.observers.append(self)
 
     @abstractmethod
     def listen(self) -> None:
@@ -167,12 +174,14 @@ class Observer(ABC):
             self.running.fold(self.scene.first.parameter.device)
 
     def begin_step(self) -> None:
-        """`end_step`, before masks are drawn for the next.
+        """`end_step` of all, before masks are drawn for the next.
 
         Raises:
             TdError: a step has gone by and no gradient has come.
         """
-        self.end_step()
+        if self is self.sight.observers[0]:  # all of them first: a γ for all tensors needs the evidence of all
+            for observer in self.sight.observers:
+                observer.end_step()
         self._waited += 1
         frozen = self.gradients and not any(member.parameter.requires_grad for member in self.scene.members)
         if not self.ready and (frozen or (self._waited > 1 and not self.sight.seen)):

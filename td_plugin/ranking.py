@@ -96,6 +96,8 @@ class Ranking:
         """What changes when the weights do."""
         parameters: list[Tensor] = [m.parameter for m in self._members]
         parameters += [] if self.gate is None else [self.gate.phi]
+        if self.observer is not None and not self.learns:
+            self.observer.end_step(alone=True)  # evaluation sees all that training has seen
         seen = () if self.observer is None else (self.observer.version,)
         return (*seen, *((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters))
 
@@ -124,8 +126,7 @@ class Ranking:
             TdError: an importance is not finite.
         """
         if self.observer is not None:
-            if not self.learns:
-                self.observer.end_step(alone=True)
+            self.versions()
             level = level if self.observer.ready else 0.0
         if self._cut is not None and self._valid(level, seed, hold):
             return self._cut

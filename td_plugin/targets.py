@@ -35,6 +35,7 @@ def make_targets(
             look into; the model is unchanged then.
     """
     holders = holders_of(model)
+    switches.sight.begin()
     members = [members_of(model, choice, holders) for choice in choices]
     if recipe.gate is not None:
         refuse_tied(members)
