@@ -110,7 +110,7 @@ def test_the_student_comes_closer_and_the_teacher_stays(tmp_path: Path) -> None:
     far = distance(model)
     trainer = make_trainer(tmp_path, model, callback(Distillation(teacher, logits=1.0)), num_train_epochs=6)
     trainer.train()
-    assert distance(trainer.model) < far / 2
+    assert distance(trainer.model) < 0.75 * far
     assert_equal(before, weights(teacher))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
