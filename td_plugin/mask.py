@@ -149,11 +149,12 @@ class Mask:
         if keep is None:
             return dense
         scale = self.scale if training else 1.0
-        if torch.compiler.is_compiling():
-            return masked(keep, dense, scale, self.through)
-        if training or torch.is_grad_enabled():
-            value = masked(keep, dense, scale, self.through)
-            if scale == 1.0:
+        as_is = scale == 1.0 and not self.through
+        if training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            value = select(keep, dense) if as_is else masked(keep, dense, scale, self.through)
+            if torch.compiler.is_compiling():
+                return value
+            if as_is:
                 note(value, dense, keep, self.fqn)
             if training and self.observe is not None and value.requires_grad:
                 value.register_hook(self.observe)  # type: ignore[no-untyped-call]
