@@ -46,8 +46,8 @@ def prepared(recipe: td.Recipe, level: float = 0.5) -> tuple[nn.Sequential, td.T
 GATES = {
     "hard_concrete": td.gates.hard_concrete(strength=1e-3),
     "hard_concrete, units": td.gates.hard_concrete(Units(), strength=1e-3),
-    "variational": td.gates.variational(strength=1e-3, log_variance=-5.0),
-    "variational, units": td.gates.variational(Units(), strength=1e-3, log_variance=-5.0),
+    "variational": td.gates.variational(strength=1e-3, log_variance=-5.0, warm_up=0),
+    "variational, units": td.gates.variational(Units(), strength=1e-3, log_variance=-5.0, warm_up=0),
     "smallify": td.gates.smallify(strength=1e-2),
     "smallify, units": td.gates.smallify(Units(), strength=1e-2),
 }
@@ -79,9 +79,12 @@ def test_gates_learn_as_if_their_penalty_were_in_the_loss() -> None:
         assert torch.allclose(mine, reference, atol=1e-5)
 
 
-def test_the_variational_penalty_reaches_the_weights() -> None:
-    model, sparsifier, optimizer = prepared(replace(GATES["variational"], name="v"))
+@pytest.mark.parametrize("warm_up", [0, 8])
+def test_the_variational_penalty_reaches_the_weights(warm_up: int) -> None:
+    recipe = td.gates.variational(strength=1e-3, log_variance=-5.0, warm_up=warm_up)
+    model, sparsifier, optimizer = prepared(recipe)
     (gate,) = states(sparsifier)
+    gate.updates = 2
     sparsifier.step()
     nn.functional.cross_entropy(model(X), Y).backward()
     weight = model[0]._parameters["weight"]
@@ -90,7 +93,7 @@ def test_the_variational_penalty_reaches_the_weights() -> None:
     value.requires_grad_()
     log_alpha = variance - (value.square() + 1e-8).log()
     loss = 0.63576 * torch.sigmoid(-1.8732 - 1.48695 * log_alpha) + 0.5 * torch.log1p(torch.exp(-log_alpha))
-    (expected,) = torch.autograd.grad(1e-3 * loss.sum(), value)
+    (expected,) = torch.autograd.grad(1e-3 * (2 / 8 if warm_up else 1) * loss.sum(), value)
     assert torch.allclose(weight.grad - before, expected, atol=1e-7) and expected.abs().max() > 1e-4
 
 
@@ -393,6 +396,8 @@ def test_mistakes_are_named() -> None:
         td.gates.smallify(Units(kinds=("hidden",)))
     with pytest.raises(td.TdError, match=r"positive rate.*strength=-1"):
         td.gates.variational(strength=-1)
+    with pytest.raises(td.TdError, match="warm_up.*-1"):
+        td.gates.variational(warm_up=-1)
     with pytest.raises(td.TdError, match="dropout"):
         td.gates.hard_concrete(dropout=0.0)
     with pytest.raises(td.TdError, match="threshold"):

@@ -82,6 +82,10 @@ class Gate(ABC):
             count: how many weights each group has.
         """
 
+    def warmth(self, updates: int) -> float:
+        """The share of λ that counts after so many updates of φ."""
+        return 1.0
+
     def memory(self, phi: Tensor) -> dict[str, Tensor]:
         """What is remembered of the training besides φ, by name."""
         return {}

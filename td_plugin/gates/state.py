@@ -177,7 +177,8 @@ class GateState:
         with torch.enable_grad():
             phi = self.phi.detach().requires_grad_()
             weights = [m.parameter.detach().requires_grad_(bool(pulls)) for m in self._members]
-            penalty = self.gate.strength * self.gate.penalty(phi, self._squares(weights), self._counts)
+            strength = self.gate.strength * self.gate.warmth(self.updates)
+            penalty = strength * self.gate.penalty(phi, self._squares(weights), self._counts)
             of_phi, *of_weights = torch.autograd.grad(penalty, [phi, *(weights if pulls else ())])
         for parameter, grad in zip(pulls, of_weights, strict=True):
             if parameter.grad is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from td_plugin.contract import Granularity, Recipe
+from td_plugin.errors import TdError
 from td_plugin.gates.contract import WHOLE_TENSOR, Gate, gated
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
@@ -33,11 +34,13 @@ class Variational(Gate):
         strength: λ; 1 / the number of training examples gives the evidence lower bound of the paper.
         learning_rate: of log σ².
         log_variance: log σ² to start with.
+        warm_up: updates over which λ grows from 0 to its value.
     """
 
-    strength: float = 2e-5
+    strength: float = 1e-4
     learning_rate: float = 0.02
     log_variance: float = -10.0
+    warm_up: int = 500
 
     @property
     def noise(self) -> Literal["", "uniform", "normal"]:
@@ -53,6 +56,10 @@ class Variational(Gate):
     def local(self) -> bool:
         """Outputs are drawn where a layer multiplies by its weights only; Kingma et al., arXiv 1506.02557."""
         return True
+
+    def warmth(self, updates: int) -> float:
+        """Linear: from the first step on the whole divergence closes weights before the loss can object."""
+        return min(updates / self.warm_up, 1.0) if self.warm_up else 1.0
 
     def initial(self, shape: torch.Size) -> Tensor:
         """``log σ²``."""
@@ -101,6 +108,7 @@ def variational(
     strength: float | None = None,
     learning_rate: float = 0.02,
     log_variance: float = -10.0,
+    warm_up: int = 500,
 ) -> Recipe:
     """Sparse variational dropout: noise grows on weights, or with `Units()` on units, that the loss does not need.
 
@@ -112,13 +120,15 @@ def variational(
 
     Args:
         granularity: single weights are ranked within it; `Units()`, one σ per unit.
-        strength: λ; the paper's is 1 / the number of training examples. None: 2e-5, or 5e-4 with units. Of single
-            weights a strength that is too large for the number of steps closes all before the loss can object.
+        strength: λ; the paper's is 1 / the number of training examples. None: 1e-4, or 1e-3 with units.
         learning_rate: of log σ².
         log_variance: log σ² to start with.
+        warm_up: updates over which λ grows from 0 to its value; 0 for none.
 
     Raises:
         TdError: an argument outside its range, or units that run through many tensors.
     """
-    strength = (5e-4 if granularity.kinds else 2e-5) if strength is None else strength
-    return gated(Variational(strength, learning_rate, log_variance), granularity, "variational")
+    if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
+        raise TdError("warm_up must be a number of updates", where="gate 'variational'", got=warm_up, fix="0 for none")
+    strength = (1e-3 if granularity.kinds else 1e-4) if strength is None else strength
+    return gated(Variational(strength, learning_rate, log_variance, warm_up), granularity, "variational")
