@@ -351,9 +351,9 @@ def test_a_resumed_trainer_continues_bit_for_bit(tmp_path: Path, recipe: str) ->
         }[recipe]
         return TargetedDropoutCallback(value, 0.5, recipe_steps=8)
 
-    whole = make_trainer(tmp_path / "whole", make_model(), make())
+    whole = make_trainer(tmp_path / "whole", make_model(), make(), num_train_epochs=2)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", make_model(seed=9), make())
+    resumed = make_trainer(tmp_path / "resumed", make_model(seed=9), make(), num_train_epochs=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert_equal(weights(whole.model), weights(resumed.model))
     state = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
@@ -391,33 +391,34 @@ def test_a_copy_of_the_model_is_not_looked_at_and_a_copy_of_the_sparsifier_is() 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def _rank(rank: int, path: str, name: str, units: bool) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    method = getattr(td.recipes, name)
+SHARED = {"fisher of units": td.recipes.fisher(UNITS), "movement": td.recipes.movement()}
+
+
+def _scores(name: str, rank: int | None) -> dict[str, Tensor]:
+    """After three steps: of one process with the whole batch, or of one of two with its half."""
     model = mlp()
-    sparsifier = prepared(model, constant(method(UNITS) if units else method()))
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    sparsifier = prepared(model, constant(SHARED[name]))
+    wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
     for step in range(3):
         x, y = batch(6, 5, seed=step)
+        if rank is not None:
+            x, y = x.chunk(2)[rank], y.chunk(2)[rank]
         sparsifier.step()
-        nn.functional.cross_entropy(wrapped(x.chunk(2)[rank]), y.chunk(2)[rank]).backward()
-    scores = [sparsifier.recipe.criterion(e) for e in evidence_of(sparsifier).values()]
-    save_file(dict(zip("ab", scores, strict=True)), f"{path}/{rank}.safetensors")
+        nn.functional.cross_entropy(wrapped(x), y).backward()
+    return {f"{name} {key}": sparsifier.recipe.criterion(e) for key, e in evidence_of(sparsifier).items()}
+
+
+def _rank(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    save_file({key: s for name in SHARED for key, s in _scores(name, rank).items()}, f"{path}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("name", "units"), [("fisher", True), ("movement", False)])
-def test_two_processes_see_what_one_does(tmp_path: Path, name: str, units: bool) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), name, units), nprocs=2)
-    ranks = [load_file(tmp_path / f"{rank}.safetensors").values() for rank in range(2)]
-    method = getattr(td.recipes, name)
-    model = mlp()
-    sparsifier = prepared(model, constant(method(UNITS) if units else method()))
-    for step in range(3):
-        x, y = batch(6, 5, seed=step)
-        sparsifier.step()
-        nn.functional.cross_entropy(model(x), y).backward()
-    alone = [sparsifier.recipe.criterion(e) for e in evidence_of(sparsifier).values()]
-    for one, first, second in zip(alone, *ranks, strict=True):
-        assert torch.equal(first, second) and torch.allclose(first, one, rtol=1e-4, atol=1e-8)
+def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    alone = {key: score for name in SHARED for key, score in _scores(name, None).items()}
+    assert first.keys() == second.keys() == alone.keys() and len(alone) == 4
+    for key, score in alone.items():
+        assert torch.equal(first[key], second[key]) and torch.allclose(first[key], score, rtol=1e-4, atol=1e-8)
