@@ -77,9 +77,10 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
-    panels = figure.subplots(len(NETWORKS), 2, squeeze=False)
-    for line, network in zip(panels, NETWORKS, strict=True):
+    networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
+    figure = Figure(figsize=(13, 4.5 * len(networks)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(networks), 2, squeeze=False)
+    for line, network in zip(panels, networks, strict=True):
         for axes, (what, levels) in zip(line, (("weights", WEIGHTS), ("units", UNITS)), strict=True):
             dense = [row["accuracy"] for row in rows if (row["network"], row["method"]) == (network, "none")]
             if dense:

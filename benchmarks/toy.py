@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from methods_tasks import Images, Settings, load
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -47,23 +47,23 @@ def train(
 
 
 @torch.no_grad()
-def judge(model: nn.Module, images: Images) -> tuple[float, float]:
-    """Loss and accuracy over the test rows."""
+def judge(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Loss and accuracy over some rows."""
     model.train(False)
-    scores = model(images.test)
-    right = (scores.argmax(-1) == images.test_labels).float().mean()
-    return float(cross_entropy(scores, images.test_labels)), float(right)
+    scores = model(pixels)
+    return float(cross_entropy(scores, labels)), float((scores.argmax(-1) == labels).float().mean())
 
 
 def measure(images: Images, drop_rate: float, epochs: int, rate: float, seed: int) -> dict[str, float]:
-    """Loss and accuracy before and after pruning."""
+    """Loss and accuracy on the test rows before and after pruning, and the change of the loss on the training rows."""
     model, sparsifier = train(images, drop_rate, epochs, rate, seed)
+    test, own = (images.test, images.test_labels), (images.train, images.train_labels)
     with sparsifier.dense():
-        loss, accuracy = judge(model, images)
-    pruned_loss, pruned_accuracy = judge(model, images)
+        (loss, accuracy), (train_loss, _) = judge(model, *test), judge(model, *own)
+    (pruned_loss, pruned_accuracy), (pruned_train_loss, _) = judge(model, *test), judge(model, *own)
     return {
         "loss": loss, "accuracy": accuracy, "pruned_loss": pruned_loss, "pruned_accuracy": pruned_accuracy,
-        "change": abs(pruned_loss - loss),
+        "change": abs(pruned_loss - loss), "train_change": abs(pruned_train_loss - train_loss),
     }  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def compare(images: Images, epochs: int, rate: float, seeds: Sequence[int], prog
 
 def markdown(found: dict[str, list[dict[str, float]]]) -> str:
     """The table, means over the seeds, and the ratio of the changes."""
-    keys = ("loss", "pruned_loss", "change", "accuracy", "pruned_accuracy")
-    lines = ["| training | loss | pruned | change | accuracy | pruned |", "|---|---|---|---|---|---|"]
+    keys = ("loss", "pruned_loss", "change", "train_change", "accuracy", "pruned_accuracy")
+    lines = ["| training | loss | pruned | change | on training rows | accuracy | pruned |", "|---|" + "---|" * 6]
     for name, runs in found.items():
         lines.append(
             f"| {name} | " + " | ".join(f"{statistics.mean(run[key] for run in runs):.4f}" for key in keys) + " |"
