@@ -125,9 +125,10 @@ def main() -> None:
     run_all(args)
     runs = finished(args)
     rows = summary(runs)
-    found = {"machine": machine("cpu"), "settings": asdict(args.settings), "rows": rows, "runs": runs}
+    single = [{key: value for key, value in run.items() if key not in ("settings", "data")} for run in runs]
+    found = {"machine": machine("cpu"), "settings": asdict(args.settings), "rows": rows, "runs": single}
     with staged_file(args.output / "methods.json") as path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     with staged_file(args.output / "methods.md") as path:
         path.write_text(markdown(rows) + "\n")
     plot(rows, args.output / "methods.png")

@@ -72,13 +72,17 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f}{spread}{own}"
 
 
+FLOOR = 75.0
+"""Percent; the plot shows what lies above."""
+
+
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Accuracy against the share removed, a panel per network and kind."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
-    figure = Figure(figsize=(13, 4.5 * len(networks)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 5 * len(networks)), dpi=80, layout="constrained")
     panels = figure.subplots(len(networks), 2, squeeze=False)
     for line, network in zip(panels, networks, strict=True):
         for axes, (what, levels) in zip(line, (("weights", WEIGHTS), ("units", UNITS)), strict=True):
@@ -90,9 +94,11 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
                 these = [row for row in rows if (row["network"], row["method"]) == (network, name)]
                 style = {"color": colormaps["tab20"](index % 20), "marker": "osD^v"[index % 5], "markersize": 4}
                 x, y = [100 * row["level"] for row in these], [100 * row["accuracy"] for row in these]
-                axes.plot(x, y, label=name, linewidth=1.2, **style)
+                label = name if not y or min(y) >= FLOOR else f"{name} (down to {min(y):.0f} %)"
+                axes.plot(x, y, label=label, linewidth=1.2, **style)
             axes.set(title=f"{network}, {what}", xlabel=f"% of {what} removed", ylabel="accuracy, %")
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], FLOOR))  # else one bad method hides what tells others apart
             axes.grid(color="#e0e0e0", linewidth=0.7)
-            axes.legend(frameon=False, fontsize=6, ncols=2)
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     with staged_file(target) as path:
         figure.savefig(path)
