@@ -26,7 +26,7 @@ def warn_if_not_driven(recipe: str, attributes: Mapping[str, object]) -> None:
 
 def warn_of_no_zeros() -> None:
     """Say that a squash left everything as it was."""
-    warnings.warn(NOTHING_ZEROED, stacklevel=3)
+    warnings.warn(NOTHING_ZEROED, stacklevel=4)
 
 
 def warn_of_stuck_units(first_tensors: list[str], model: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,22 +10,26 @@ from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.gates.training import Training
-from td_plugin.notices import warn_if_not_driven, warn_of_no_zeros, warn_of_stuck_units
-from td_plugin.parametrization import bake, refuse_masked
+from td_plugin.micro_batches import Accumulation
+from td_plugin.notices import warn_of_stuck_units
+from td_plugin.parametrization import refuse_masked
 from td_plugin.report import SparsityReport
 from td_plugin.selection import Config, Groups, Inputs, select
-from td_plugin.state import kept_params, merged_masks, restore, set_levels, snapshot
+from td_plugin.squashing import squash
+from td_plugin.state import kept_params, merged_masks, restore, snapshot
+from td_plugin.steps import Steps
 from td_plugin.switches import EvalMask, Switches
 from td_plugin.target import Target
 from td_plugin.targets import make_targets
 
 
-class TargetedDropout(BaseSparsifier):
+class TargetedDropout(Steps, BaseSparsifier):
     """Training that expects to be pruned (Gomez et al., arXiv 1905.13678).
 
     In a training forward the least important γ of every pool are candidates and each is dropped with probability α; in
-    evaluation all candidates are dropped, so what is evaluated is what `squash_mask` leaves and `shrink` ships. Call
-    `step()` before each training forward (or once per optimizer step, and `redraw()` before the further micro-batches).
+    evaluation all candidates are dropped, so what is evaluated is what `squash_mask` leaves and `shrink` ships. Put
+    `with training_step():` around forward and backward, or call `step()` before each training forward (or once per
+    optimizer step, and `redraw()` before the further micro-batches).
 
     Names, order and identity of the parameters and the keys of `model.state_dict()` do not change, so optimizers and
     checkpoints made before or after `prepare` fit. Masks follow from the dense weights and the step (and from what was
@@ -65,7 +67,7 @@ class TargetedDropout(BaseSparsifier):
         self._training = Training(recipe, [])
         self.model: nn.Module | None = None
         self.recipe = recipe
-        self._driven, self.step_count, self.micro_step = False, 0, 0
+        self._driven, self.step_count, self.micro_step, self._accumulation = False, 0, 0, Accumulation()
         super().__init__({"sparsity_level": recipe.level(sparsity_level), "drop_rate": recipe.drop_rate})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class TargetedDropout(BaseSparsifier):
         refuse_masked(model)
         selection = select(model, self.recipe, config, example_inputs, groups)
         self.model, self._skipped, self._final_report = model, selection.skipped, None
+        self._accumulation = Accumulation()
         self._targets = make_targets(model, self.recipe, selection.choices, self.defaults, self._switches)
         self.groups = [target.config for target in self._targets]
         self._training = Training(self.recipe, [(target.members, target.gate) for target in self._targets])
@@ -131,64 +134,9 @@ class TargetedDropout(BaseSparsifier):
             target.claim(self)
         self._training.listen()
 
-    def _prepared(self) -> nn.Module:
-        if self.model is None or not self.groups:
-            raise TdError("the sparsifier has no model", fix="call prepare(model) first")
-        return self.model
-
-    def step(self, use_path: bool = True) -> None:
-        """Rank the weights anew and draw this step's masks. Call it before the forward. `use_path` is torch.ao's.
-
-        Raises:
-            TdError: not prepared, a γ or α outside [0, 1) (a scheduler may set one), weights with NaN.
-        """
-        self._prepared()
-        if not self.enable_mask_update:
-            return
-        if self.recipe.ramps and not self._driven and self.step_count == 1:
-            warn_if_not_driven(self.recipe.name, vars(self))
-        self.micro_step = 0
-        for target in self._targets:
-            self.update_mask(target=target, **target.config)
-        self._switches.refresh_now, self.step_count = False, self.step_count + 1
-
     def update_mask(self, module: nn.Module, tensor_name: str, target: Target, **config: Any) -> None:  # type: ignore[override]
         """Rank and draw one target; torch.ao's hook, called by `step()` with the group's config."""
         target.draw(self.step_count, self.micro_step, fresh=True)
-
-    def redraw(self) -> None:
-        """Draw anew within the current step, for the next micro-batch: the weights, so the candidates, are the same.
-
-        Raises:
-            TdError: before `prepare` or the first `step`.
-        """
-        self._prepared()
-        if self.step_count == 0:
-            raise TdError("redraw() before the first step()", fix="call step() before the first forward")
-        self.micro_step += self.enable_mask_update
-        for target in self._targets if self.enable_mask_update else ():
-            target.draw(self.step_count - 1, self.micro_step, fresh=False)
-
-    def set_progress(self, progress: float) -> None:
-        """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done."""
-        self._driven = True
-        set_levels(self.groups, self.recipe, min(max(progress, 0.0), 1.0))
-
-    def evaluate_at_target(self) -> None:
-        """From here on evaluation and `squash_mask` use the target γ, wherever a ramp is: what will ship is judged."""
-        for group in self.groups:
-            group["eval_sparsity_level"] = group["target_sparsity_level"]
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """All masks off inside the block: forwards are dense, and in-place edits reach the parameters."""
-        before, self._switches.dense = self._switches.dense, True
-        try:
-            yield
-        finally:
-            self._switches.dense = before
-            for target in self._targets:
-                target.forget()
 
     def squash_mask(
         self,
@@ -207,39 +155,40 @@ class TargetedDropout(BaseSparsifier):
         if self._final_report is not None and not self.groups:
             return
         kept = kept_params(self.groups, params_to_keep, params_to_keep_per_layer)
-        for target in self._targets:
-            target.finish()  # in-place edits through `.data` leave no other sign
-        report = self.report()
-        bake(self._prepared(), settled=True)
+        self._final_report = squash(self, self._prepared(), self._targets, kept)
         self._training.close()
-        for module, values in kept:
-            vars(module)["sparse_params"] = values
-        self._final_report, self.groups, self._targets = report, [], []
-        if report.zeros == 0 and not self.recipe.uninformed:
-            warn_of_no_zeros()
+        self.groups, self._targets = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot, JSON-able: the step, the seed, every group's γ and α, and what a recipe with memory remembers."""
-        self._switches.refresh_now = True
-        return snapshot(self, self._targets)
+        """A snapshot, JSON-able: the step, the seed, every group's γ and α, and what a recipe with memory remembers.
+
+        Raises:
+            TdError: inside of `training_step`.
+        """
+        position, self._switches.refresh_now = self._accumulation.snapshot(), True
+        return {**snapshot(self, self._targets), "accumulation": position}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Go on where `state_dict()` was taken. Load the model's weights first: the masks are drawn from them.
+
+        In the middle of an accumulation the gradients, which nobody else keeps, are yours to save and to load first.
 
         Args:
             state_dict: left unchanged.
             strict: raise when the groups differ; else those in common are loaded and the others named in a warning.
 
         Raises:
-            TdError: not prepared, no state of ours, or (strict) other groups or another recipe.
+            TdError: not prepared, inside of `training_step`, no state of ours, or (strict) other groups or another
+                recipe.
         """
         self._prepared()
+        self._accumulation.refuse_inside("load_state_dict()", "load between two blocks")
         restore(self._targets, self.recipe.name, state_dict, strict)
         self._switches.seed, self._switches.refresh_now = int(state_dict["seed"]), True
         self.enable_mask_update = bool(state_dict["enable_mask_update"])
         self.step_count, self.micro_step = int(state_dict["step_count"]), int(state_dict["micro_step"])
-        for target in self._targets if self.step_count else ():
-            target.draw(self.step_count - 1, self.micro_step, fresh=True, learn=False)
+        self._accumulation.restore(state_dict.get("accumulation", {}))
+        self._draw_again()
 
     def report(self) -> SparsityReport:
         """What the deterministic masks drop, per target and in total; after `squash_mask` the last one."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from td_plugin.errors import TdError
 from td_plugin.evidence import Sight
+
+if TYPE_CHECKING:
+    from td_plugin.target import Target
 
 EvalMask = Literal["pruned", "expected", "dense"]
 """What evaluation drops: the share γ of every pool, the share γ·α that training drops on average, or nothing."""
@@ -35,3 +40,14 @@ class Switches:
             raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned', 'expected' or 'dense'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
+
+    @contextmanager
+    def off(self, targets: Iterable[Target]) -> Iterator[None]:
+        """`dense` inside the block; what `targets` have derived from their weights is forgotten after it."""
+        before, self.dense = self.dense, True
+        try:
+            yield
+        finally:
+            self.dense = before
+            for target in targets:
+                target.forget()

@@ -184,7 +184,8 @@ class Target:
         never = rate == 0 and self.level("target_drop_rate") == 0
         if never or (rate == 1 and self._sampled.settled and self._final(self.asked(True))):
             return  # no mask and no ranking, or the masks stay as they are
-        if fresh and (self.switches.refresh_now or step % every == 0):
+        # After a state was taken every draw ranks anew: what a resumed run ranks first is what is found here.
+        if self.switches.refresh_now or (fresh and step % every == 0):
             self.expire(training=True)
         self._sampled.learns = learn
         level = 1.0 if self.recipe.uninformed else self.gamma(True, every > 1)

@@ -200,8 +200,11 @@ class GateState:
         return {"phi": self.phi.detach(), "first moment": first, "second moment": second, **self.memory}
 
     def snapshot(self) -> dict[str, Any]:
-        """JSON-able; every bit of it."""
-        return {"updates": self.updates, **{name: to_text(value) for name, value in self._tensors().items()}}
+        """JSON-able; every bit of it. Between micro-batches the gradient of φ is part of it."""
+        tensors, grad = self._tensors(), self.phi.grad
+        if grad is not None and any(m.parameter.grad is not None for m in self._members):
+            tensors["gradient"] = grad
+        return {"updates": self.updates, **{name: to_text(value) for name, value in tensors.items()}}
 
     def restore(self, saved: dict[str, Any], where: str) -> None:
         """Go on from what `snapshot` gave.
@@ -213,3 +216,6 @@ class GateState:
             for name, tensor in self._tensors().items():
                 tensor.copy_(from_text(saved.get(name), tensor, f"{where}, {name} of the gate"))
         self.updates, self.phi.grad = int(saved["updates"]), None
+        if "gradient" in saved:  # the next draw forgets it where the gradients of the weights have not come along
+            grad = from_text(saved["gradient"], self.phi, f"{where}, gradient of the gate")
+            self.phi.grad = grad.clone().to(self.phi.device)
