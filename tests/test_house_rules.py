@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("td_plugin", "td_plugin/gates", "td_plugin/graph", "integrations", "export")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
-OPTIONAL = ("transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib", "typer", "rich", "datasets", "sklearn")
+OPTIONAL = (
+    "transformers",
+    "lightning",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "matplotlib",
+    "typer",
+    "rich",
+    "datasets",
+    "sklearn",
+)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
