@@ -1,0 +1,260 @@
+"""Accuracy against measured latency on a text classification task: ours, beside the peers, on one budget.
+
+    python benchmarks/finetune/pareto.py teach  --model DIR --train sst2_train.parquet --test sst2_dev.parquet
+    python benchmarks/finetune/pareto.py search --model ... --train ... --test ...
+    python benchmarks/finetune/pareto.py train  --model ... --train ... --test ...
+    python benchmarks/finetune/pareto.py deploy --model ... --train ... --test ...
+    python benchmarks/finetune/pareto.py report
+
+`teach` fine-tunes the dense model of every seed. Every method starts from it and has the same further steps. `search`
+tries the learning rates for every method at one γ, on rows held out of the training data; `train` makes the runs of all
+levels and seeds with the best of them. Both skip what is on disk, so they can be stopped at any moment, and several can
+run side by side. `deploy` judges on the test rows, which nothing was chosen by, exports, verifies, quantizes and times.
+`report` writes docs/results/. `run` makes one run with options of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from deploy import judge, latencies
+from methods import ROWS
+from report import write
+from tasks import Task, Training, accuracy, pretrained
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from td_plugin.export import save_pretrained
+from td_plugin.files import staged_directory
+
+LEVELS = (0.5, 0.75, 0.875)
+RATES = (1e-4, 2e-4, 4e-4)
+SEARCHED = 0.75
+DENSE_RATES = (5e-5, 1e-4, 2e-4)
+
+
+def teacher_of(task: Task, seed: int) -> PreTrainedModel:
+    """The dense model of a seed, fine-tuned."""
+    found = sorted(task.output.glob(f"teacher-lr*-s{seed}"), key=lambda path: -read(path)["held_out"])
+    if not found:
+        raise SystemExit(f"no dense model of seed {seed} in {task.output}: run the stage 'teach' first")
+    return AutoModelForSequenceClassification.from_pretrained(found[0]).eval()
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The result of a run."""
+    return json.loads((directory / "result.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def keep(task: Task, name: str, model: PreTrainedModel, result: dict[str, Any], *, plain: bool) -> None:
+    """Put the model and the result in place, whole."""
+    result |= {"held_out": accuracy(task, model, final=False), "parameters": model.num_parameters()}
+    with staged_directory(task.output / name) as stage:
+        if plain:
+            model.save_pretrained(stage)
+        else:
+            save_pretrained(model, stage)
+        (stage / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
+
+
+def teach(task: Task, args: argparse.Namespace) -> None:
+    """The dense models; seed 0 tries the learning rates, the others take its best."""
+    best = None
+    for seed in args.seeds:
+        for rate in DENSE_RATES if best is None else (best,):
+            name = f"teacher-lr{rate:g}-s{seed}"
+            if (task.output / name / "result.json").exists():
+                continue
+            model, start = pretrained(task, seed), time.perf_counter()
+            Training(seed, args.teacher_epochs, rate).fit(task, model)
+            result = {"method": "teacher", "seed": seed, "learning_rate": rate, "epochs": args.teacher_epochs}
+            keep(task, name, model, result | {"minutes": (time.perf_counter() - start) / 60}, plain=True)
+        if best is None:
+            tried = [read(path) for path in task.output.glob(f"teacher-lr*-s{seed}")]
+            best = max(tried, key=lambda run: run["held_out"])["learning_rate"]
+
+
+def run(task: Task, args: argparse.Namespace, method: str, level: float, seed: int, rate: float) -> None:
+    """One run, unless it is on disk."""
+    row, options = ROWS[method], {**dict(ROWS[method].options), **args.options}
+    settings = {"epochs": args.epochs, **options} if row.trained else {}
+    words = [f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in settings.items()]
+    name = "-".join([method, f"{level:g}", *([f"lr{rate:g}"] if row.trained else []), *words, f"s{seed}"])
+    if (task.output / name / "result.json").exists():
+        return
+    dense = teacher_of(task, seed)
+    terms = {key: options[key] for key in ("logits", "temperature", "hidden") if key in options}
+    training = Training(seed, args.epochs, rate, dense if row.distilled else None, **terms)
+    start = time.perf_counter()
+    model = row.run(task, dense, level, training, options)
+    result = {"method": method, "level": level, "seed": seed, "learning_rate": rate, **settings}
+    keep(task, name, model, result | {"minutes": (time.perf_counter() - start) / 60}, plain=False)
+
+
+def runs(task: Task) -> Iterator[dict[str, Any]]:
+    """All results on disk but the teachers', with their directories."""
+    for path in sorted(task.output.glob("*/result.json")):
+        if (found := read(path.parent))["method"] != "teacher":
+            yield {**found, "directory": str(path.parent)}
+
+
+def present(methods: list[str]) -> list[str]:
+    """The methods whose packages are installed; the others are named."""
+    found = [name for name in methods if not ROWS[name].needs or importlib.util.find_spec(ROWS[name].needs)]
+    for name in sorted(set(methods) - set(found)):
+        print(f"left out: {name}: {ROWS[name].needs} is not installed", file=sys.stderr)
+    return found
+
+
+def levels_of(method: str, args: argparse.Namespace) -> list[float]:
+    """γ to try: one for what does not depend on it."""
+    return [0.0] if method.startswith("dense") else args.levels
+
+
+def search(task: Task, args: argparse.Namespace) -> None:
+    """All learning rates for every method that trains, seed 0."""
+    for method in args.methods:
+        if ROWS[method].trained:
+            for rate in args.rates:
+                run(task, args, method, 0.0 if method.startswith("dense") else args.searched, 0, rate)
+
+
+def best_rate(task: Task, args: argparse.Namespace, method: str) -> float:
+    """The learning rate that was best on the held-out rows."""
+    level = 0.0 if method.startswith("dense") else args.searched
+    wanted = {"method": method, "level": level, "seed": 0, "epochs": args.epochs}
+    tried = [found for found in runs(task) if wanted.items() <= found.items()]
+    if not tried:
+        raise SystemExit(f"no learning rate has been tried for {method}: run the stage 'search' first")
+    return float(max(tried, key=lambda found: found["held_out"])["learning_rate"])
+
+
+def train(task: Task, args: argparse.Namespace) -> None:
+    """All levels and seeds of every method, with its best learning rate."""
+    for seed in args.seeds:
+        for method in args.methods:
+            rate = best_rate(task, args, method) if ROWS[method].trained else 0.0
+            for level in levels_of(method, args):
+                run(task, args, method, level, seed, rate)
+
+
+def one(task: Task, args: argparse.Namespace) -> None:
+    """The runs that the options name, whatever was searched."""
+    for seed in args.seeds:
+        for method in args.methods:
+            for level in args.levels:
+                for rate in args.rates:
+                    run(task, args, method, level, seed, rate)
+
+
+def teachers(task: Task) -> list[dict[str, Any]]:
+    """The dense model of every seed, with its directory."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(task.output.glob("teacher-*")):
+        result = {**read(path), "directory": str(path), "name": path.name, "level": 0.0}
+        if result["seed"] not in found or result["held_out"] > found[result["seed"]]["held_out"]:
+            found[result["seed"]] = result
+    return list(found.values())
+
+
+def chosen(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that the comparison is made of: those with each method's best learning rate."""
+    rates = {
+        name: best_rate(task, args, name) if row.trained else None for name, row in ROWS.items() if name in args.methods
+    }
+    return [
+        {**found, "name": Path(found["directory"]).name}
+        for found in runs(task)
+        if found["method"] in rates
+        and rates[found["method"]] in (None, found["learning_rate"])
+        and found.get("epochs", args.epochs) == args.epochs
+    ]
+
+
+def deploy(task: Task, args: argparse.Namespace) -> None:
+    """Test accuracy of every chosen run in every form; latency of those of seed 0."""
+    dense, found = teachers(task), chosen(task, args)
+    for run_ in (*dense, *found):
+        judge(task, Path(run_["directory"]))
+    first = [Path(run_["directory"]) for run_ in found if run_["seed"] == 0]
+    base = Path(next(run_["directory"] for run_ in dense if run_["seed"] == 0))
+    latencies(task, first, base, args.sequence, args.rounds)
+
+
+def report(task: Task, args: argparse.Namespace) -> None:
+    """Write the JSON and the plot of docs/results/ and print the table."""
+
+    def judged(run_: dict[str, Any]) -> dict[str, Any]:
+        deployed = json.loads((Path(run_["directory"]) / "deployed.json").read_text(encoding="utf-8"))
+        return {key: value for key, value in {**run_, **deployed}.items() if key != "directory"}
+
+    latency = json.loads((task.output / "latency.json").read_text(encoding="utf-8"))
+    dense, found = ([judged(run_) for run_ in group] for group in (teachers(task), chosen(task, args)))
+    print(write(args.name, dense, found, latency, args.results))
+
+
+def _value(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["teach", "search", "train", "run", "deploy", "report"])
+    parser.add_argument("--model", help="directory of the pretrained encoder")
+    parser.add_argument("--train", help="file with text and label: training and held-out rows")
+    parser.add_argument("--test", help="file with text and label: the final numbers")
+    parser.add_argument("--output", type=Path, default=Path("build/finetune"))
+    parser.add_argument("--rows", type=int, default=20_000, help="training rows; 0: all")
+    parser.add_argument("--held-out", type=int, default=2_000, help="further training rows, for choices")
+    parser.add_argument("--teacher-epochs", type=float, default=3.0)
+    parser.add_argument("--epochs", type=float, default=3.0, help="of every method, after the dense fine-tune")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS), help="γ")
+    parser.add_argument("--searched", type=float, default=SEARCHED, help="γ at which learning rates are tried")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="to try")
+    parser.add_argument("--options", type=_value, nargs="*", default=[], help="key=value, of the stage 'run'")
+    parser.add_argument("--sequence", type=int, default=64, help="tokens when timed; batch 1")
+    parser.add_argument("--rounds", type=int, default=200, help="of the stage 'deploy'")
+    parser.add_argument("--name", default="finetune_sst2", help="of the report's files")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the report goes")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    args.options = dict(args.options)
+    if args.stage != "report" and not (args.model and args.train and args.test):
+        parser.error("--model, --train and --test are needed")
+    if unknown := sorted(set(args.methods) - set(ROWS)):
+        parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    args.methods = present(args.methods)
+    if args.options and args.stage != "run":
+        parser.error("--options are of the stage 'run'")
+    return args
+
+
+def main() -> None:
+    """Run one stage."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    files = (args.model or "", args.train or "", args.test or "")
+    task = Task(*files, rows=args.rows, held_out=args.held_out, output=args.output)
+    stages = {"teach": teach, "search": search, "train": train, "run": one, "deploy": deploy, "report": report}
+    stages[args.stage](task, args)
+
+
+if __name__ == "__main__":
+    main()

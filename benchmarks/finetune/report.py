@@ -1,0 +1,89 @@
+"""Tables and the plot of `pareto.py`, from what is on disk."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import ROWS
+
+from td_plugin.export.plots import plot_tradeoff
+from td_plugin.files import staged_file
+
+Run = dict[str, Any]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, in percent."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def grouped(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
+    """The runs of all seeds, by method and γ."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run["method"], run["level"]), []).append(run)
+    return dict(sorted(found.items(), key=lambda item: (list(ROWS).index(item[0][0]), item[0][1])))
+
+
+def table(dense: Sequence[Run], runs: Sequence[Run], speedups: Mapping[str, Any]) -> str:
+    """One line per method and γ: accuracy in fp32 and int8, parameters, speed-up of both files."""
+    header = ["method", "γ", "test accuracy, fp32", "points below dense", "speed-up, fp32", "test accuracy, int8"]
+    header += ["speed-up, int8", "parameters", "learning rate", "held out", "seeds"]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    base = statistics.mean(run["test"] for run in dense)
+    for (method, level), found in {("", 0.0): list(dense), **grouped(runs)}.items():
+        name = "dense" if not method else next((run["name"] for run in found if run["seed"] == 0), found[0]["name"])
+        cells = [
+            ROWS[method].title if method else "**dense**",
+            f"{level:g}" if level else "",
+            spread([run["test"] for run in found]),
+            f"{100 * (base - statistics.mean(run['test'] for run in found)):+.1f}" if method else "",
+            faster(speedups.get(name)) if method else "1",
+            spread([run["test_int8"] for run in found]),
+            faster(speedups.get(f"{name} int8")),
+            f"{found[0]['parameters'] / 1e6:.1f} M",
+            f"{found[0]['learning_rate']:g}" if found[0].get("learning_rate") else "",
+            spread([run["held_out"] for run in found]),
+            str(len(found)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def faster(speedup: Mapping[str, float] | None) -> str:
+    """Median and interval of a speed-up."""
+    return f"{speedup['median']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]" if speedup else ""
+
+
+def curves(dense: Sequence[Run], runs: Sequence[Run], speedups: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """By method, (speed-up, mean accuracy) of every γ, from the dense model on; ours in int8 as well."""
+    origin = (1.0, statistics.mean(run["test"] for run in dense))
+    found: dict[str, list[Any]] = {}
+    for (method, _), group in grouped(runs).items():
+        if method.startswith("dense"):
+            continue
+        name = next((run["name"] for run in group if run["seed"] == 0), group[0]["name"])
+        if name in speedups:
+            points = found.setdefault(ROWS[method].title, [origin])
+            points.append((speedups[name]["median"], statistics.mean(run["test"] for run in group)))
+        if method == "targeted-kd" and f"{name} int8" in speedups:
+            start = (speedups["dense int8"]["median"], statistics.mean(run["test_int8"] for run in dense))
+            points = found.setdefault(f"{ROWS[method].title}, int8", [start])
+            points.append((speedups[f"{name} int8"]["median"], statistics.mean(run["test_int8"] for run in group)))
+    return found
+
+
+def write(name: str, dense: Sequence[Run], runs: Sequence[Run], latency: Mapping[str, Any], target: Path) -> str:
+    """Put JSON and PNG in place; the table is returned."""
+    with staged_file(target / f"{name}.json") as path:
+        path.write_text(json.dumps({"dense": dense, "runs": runs, "latency": latency}, indent=1) + "\n")
+    conditions = f"onnxruntime, batch 1 × {latency['sequence']} tokens, 1 thread"
+    plot_tradeoff(
+        curves(dense, runs, latency["speedups"]), target / f"{name}.png", title="SST-2, MiniLM", conditions=conditions
+    )
+    return table(dense, runs, latency["speedups"])

@@ -1,0 +1,62 @@
+"""The comparison on a fine-tuning task runs from end to end, on a tiny encoder and 48 rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "finetune"
+ALL_STAGES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pareto
+options = sys.argv[2:]
+for stage in ("teach", "search", "train", "deploy", "report"):
+    sys.argv = ["pareto.py", stage, *options]
+    pareto.main()
+"""
+METHODS = "magnitude,targeted-kd,torch-pruning,student-kd"
+
+
+@pytest.mark.slow
+def test_every_stage_follows_the_one_before(text_encoder: Path, reviews: Path, tmp_path: Path) -> None:
+    output, results = tmp_path / "runs", tmp_path / "results"
+    common = ["--model", str(text_encoder), "--train", str(reviews), "--test", str(reviews), "--held-out", "16"]
+    common += ["--rows", "32", "--output", str(output), "--teacher-epochs", "1", "--epochs", "1", "--seeds", "0"]
+    common += [
+        "--methods",
+        METHODS,
+        "--rounds",
+        "10",
+        "--sequence",
+        "16",
+        "--levels",
+        "0.5",
+        "--results",
+        str(results),
+        "--name",
+        "tiny",
+    ]
+    common += ["--rates", "1e-3", "--searched", "0.5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALL_STAGES, str(FOLDER), *common]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((results / "tiny.json").read_text(encoding="utf-8"))
+    by_name = {(run["method"], run["level"]): run for run in found["runs"]}
+    assert {method for method, _ in by_name} == set(METHODS.split(","))
+    dense = found["dense"][0]
+    for (method, level), run in by_name.items():
+        assert run["max_abs"] < 1e-4 and 0 <= run["test"] <= 1
+        assert run["test_onnx"] == pytest.approx(run["test"])
+        if level and method != "student-kd":  # whole layers go
+            assert run["parameters"] < dense["parameters"]
+    sizes = {by_name[method, 0.5]["parameters"] for method in ("magnitude", "targeted-kd", "torch-pruning")}
+    assert len(sizes) == 1  # the same units go, whoever chooses them
+    assert (results / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Torch-Pruning | 0.5 |" in done.stdout
