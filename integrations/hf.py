@@ -8,7 +8,6 @@ of the plain model.
 
 from __future__ import annotations
 
-import math
 import weakref
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.evidence import use_scaler
+from td_plugin.ramp import Ramp
 from td_plugin.sparsifier import TargetedDropout
 from td_plugin.switches import EvalMask
 
@@ -30,6 +30,7 @@ except ImportError as error:
 
 from td_plugin.integrations import hf_state
 from td_plugin.integrations.distillation import Distillation, Teaching
+from td_plugin.integrations.hf_ramp import ramp_of, steps_of_epoch
 
 logger = logging.get_logger("td_plugin")
 
@@ -54,6 +55,7 @@ class TargetedDropoutCallback(TrainerCallback):
         config: as of `TargetedDropout.prepare`: which tensors, with which γ and α; None takes all the recipe can drop.
         recipe_steps: length of the ramp of a ramping recipe: optimizer steps (int), or the share of the run (float in
             (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
+        ramp: in place of `recipe_steps`: its start, its end, and from when the mask is held (`td_plugin.Ramp`).
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
         eval_mask: ``"pruned"``, ``"expected"`` as of `TargetedDropout`, or ``"dense"`` to evaluate without masks.
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
@@ -79,29 +81,24 @@ class TargetedDropoutCallback(TrainerCallback):
         seed: int = 0,
         config: list[dict[str, Any]] | None = None,
         recipe_steps: float | None = None,
+        ramp: Ramp | None = None,
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
         distillation: Distillation | None = None,
         squash: bool = True,
     ) -> None:
-        length = 1.0 if recipe_steps is None else recipe_steps
-        if isinstance(length, bool) or length <= 0 or (isinstance(length, float) and length > 1):
-            raise TdError(
-                "recipe_steps must be a number of steps (int) or a share of the run in (0, 1]",
-                got=recipe_steps,
-                fix="None ramps over the whole run",
-            )
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
         self._new = partial(
             TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every
         )
         self._new()  # a wrong γ is said now, not hours later
-        self._config, self._length, self._squash = config, length, squash
+        self._config, self._ramp, self._squash = config, ramp_of(recipe_steps, ramp), squash
         self._redraws = mask_every == "micro_batch"
         self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
+        self._per_epoch: int | None = None
 
     def on_init_end(
         self,
@@ -124,6 +121,7 @@ class TargetedDropoutCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
@@ -142,6 +140,8 @@ class TargetedDropoutCallback(TrainerCallback):
             use_scaler(sparsifier, scaler)
         hf_state.resume(state, sparsifier)
         sparsifier.evaluate_at_target()
+        self._per_epoch = steps_of_epoch(args, train_dataloader)
+        self._ramp.warn_if_longer(state.max_steps, self._per_epoch)
         self._set_progress(state)
         report = sparsifier.report()
         logger.info(
@@ -210,8 +210,7 @@ class TargetedDropoutCallback(TrainerCallback):
             sparsifier.squash_mask()
 
     def _set_progress(self, state: TrainerState) -> None:
-        steps = self._length if isinstance(self._length, int) else math.ceil(self._length * state.max_steps)
-        self._active().set_progress(state.global_step / max(steps, 1))
+        self._active().follow(self._ramp.at(state.global_step, state.max_steps, self._per_epoch))
 
     def _active(self) -> TargetedDropout:
         if self.sparsifier is None or not self.sparsifier.groups:

@@ -39,7 +39,8 @@ def resume(state: TrainerState, sparsifier: TargetedDropout) -> None:
         TdError: it is of another set-up.
     """
     saved = _states(state).pop(_NAME, None)
-    if saved is not None and sparsifier.remembers:
+    held = saved is not None and any("held" in group for group in saved["groups"])
+    if saved is not None and (sparsifier.remembers or held):
         sparsifier.load_state_dict(saved)
 
 
@@ -48,4 +49,5 @@ def load_best(args: TrainingArguments, state: TrainerState, sparsifier: Targeted
     best = state.best_model_checkpoint
     path = None if best is None else Path(best, TRAINER_STATE_NAME)
     if args.load_best_model_at_end and path is not None and path.is_file():
+        sparsifier.release()  # the mask may have been held later than that
         resume(TrainerState.load_from_json(str(path)), sparsifier)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from td_plugin import criteria, dropconnect, gates, granularity, layerwise, penalties, rates, recipes, schedules
     from td_plugin.contract import Evidence, Recipe
     from td_plugin.errors import TdError
+    from td_plugin.ramp import Ramp
     from td_plugin.report import SparsityReport
     from td_plugin.scheduler import TargetedDropoutScheduler
     from td_plugin.sparsifier import TargetedDropout
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Evidence",
+    "Ramp",
     "Recipe",
     "SparsityReport",
     "TargetedDropout",
@@ -36,6 +38,7 @@ __all__ = [
 # Loaded when first asked for: the command line shows its help without torch.
 _HOMES = {
     "Evidence": "contract",
+    "Ramp": "ramp",
     "Recipe": "contract",
     "SparsityReport": "report",
     "TargetedDropout": "sparsifier",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from td_plugin.bits import pack
 from td_plugin.choices import Choice
+from td_plugin.contract import Granularity
 from td_plugin.errors import TdError
 from td_plugin.units import Slice
 
@@ -74,3 +77,16 @@ def members_of(model: nn.Module, choice: Choice, holders: dict[int, list[Holder]
             tied = tuple(holder for holder in same if holder != (module, part.tensor))
             members.append(Member(module, part, ranked, masked, tied))
     return members
+
+
+def keeps_of(members: Sequence[Member], granularity: Granularity, dropped: Tensor) -> list[Tensor]:
+    """Every member's keep-mask, as `masking.select` takes it, when ``[pools, groups]`` `dropped` are dropped."""
+    keeps = [~granularity.to_mask(dropped, m.slice, m.parameter.shape) for m in members]
+    if not granularity.kinds:
+        return [pack(keep) for keep in keeps]
+    # Those of equal entries, a layer's weight and bias, lie in one place.
+    made: dict[tuple[int, int], Tensor] = {}
+    return [
+        keep if m.slice.owners else made.setdefault((m.slice.span, keep.numel()), keep).view(keep.shape)
+        for m, keep in zip(members, keeps, strict=True)
+    ]

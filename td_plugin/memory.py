@@ -60,8 +60,7 @@ class Memory:
         """JSON-able; empty as long as nothing has been ranked."""
         if self.dropped is None:
             return {}
-        raw = zlib.compress(self.dropped.cpu().numpy().tobytes())
-        return {"groups": self.groups, "asked": self.asked, "dropped": base64.b64encode(raw).decode()}
+        return {"groups": self.groups, "asked": self.asked, "dropped": to_text(self.dropped)}
 
     def restore(self, saved: dict[str, Any], where: str) -> None:
         """Go on from `saved`.
@@ -73,12 +72,32 @@ class Memory:
         self.dropped = None
         if not saved:
             return
-        problem = "the saved memory of the ranking is damaged"
         try:
-            raw = bytearray(zlib.decompress(base64.b64decode(saved["dropped"], validate=True)))
             self.groups, self.asked = int(saved["groups"]), float(saved["asked"])
-        except (KeyError, ValueError, TypeError, zlib.error) as error:
-            raise TdError(problem, where=where, got=repr(error), fix="load another checkpoint") from error
-        if len(raw) != size(self.groups):
-            raise TdError(problem, where=where, got=f"{len(raw)} bytes", fix="load another checkpoint")
-        self.dropped = torch.frombuffer(raw, dtype=torch.uint8).clone()
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged(where, repr(error)) from error
+        self.dropped = from_text(saved.get("dropped"), self.groups, where)
+
+
+def to_text(bits: Tensor) -> str:
+    """Packed bits, compressed, as text for JSON."""
+    return base64.b64encode(zlib.compress(bits.cpu().numpy().tobytes())).decode()
+
+
+def from_text(text: Any, flags: int, where: str) -> Tensor:
+    """What `to_text` was given, for so many flags.
+
+    Raises:
+        TdError: it is damaged.
+    """
+    try:
+        raw = bytearray(zlib.decompress(base64.b64decode(text, validate=True)))
+    except (ValueError, TypeError, zlib.error) as error:
+        raise _damaged(where, repr(error)) from error
+    if len(raw) != size(flags):
+        raise _damaged(where, f"{len(raw)} bytes")
+    return torch.frombuffer(raw, dtype=torch.uint8).clone()
+
+
+def _damaged(where: str, got: str) -> TdError:
+    return TdError("the saved memory of the ranking is damaged", where=where, got=got, fix="load another checkpoint")

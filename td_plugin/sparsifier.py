@@ -14,9 +14,10 @@ from td_plugin.micro_batches import Accumulation
 from td_plugin.notices import warn_of_stuck_units
 from td_plugin.parametrization import refuse_masked
 from td_plugin.report import SparsityReport
+from td_plugin.rows import row_of
 from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.squashing import squash
-from td_plugin.state import kept_params, merged_masks, restore, snapshot
+from td_plugin.state import kept_params, merged_masks, remembers, restore, snapshot
 from td_plugin.steps import Steps
 from td_plugin.switches import EvalMask, Switches
 from td_plugin.target import Target
@@ -90,7 +91,7 @@ class TargetedDropout(Steps, BaseSparsifier):
     @property
     def remembers(self) -> bool:
         """Whether weights and step do not say all: `state_dict` must go into a checkpoint for a run to resume."""
-        return any(target.remembers for target in self._targets)
+        return any(remembers(target) for target in self._targets)
 
     @property
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -160,7 +161,7 @@ class TargetedDropout(Steps, BaseSparsifier):
         self.groups, self._targets = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot, JSON-able: the step, the seed, every group's γ and α, and what a recipe with memory remembers.
+        """A snapshot, JSON-able: the step, the seed, every group's γ and α, what a recipe remembers, a held mask.
 
         Raises:
             TdError: inside of `training_step`.
@@ -195,5 +196,5 @@ class TargetedDropout(Steps, BaseSparsifier):
         if self._final_report is not None and not self.groups:
             return self._final_report
         self._prepared()
-        rows = tuple(target.row() for target in self._targets)
+        rows = tuple(row_of(target) for target in self._targets)
         return SparsityReport(self.recipe.name, self.step_count, rows, dict(self._skipped))

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.evidence import Observer
+from td_plugin.gates.state import GateState
+from td_plugin.holding import Held
+from td_plugin.memory import Memory
 from td_plugin.target import Target
 
 if TYPE_CHECKING:
@@ -26,9 +30,15 @@ def set_levels(groups: list[dict[str, Any]], recipe: Recipe, time: float) -> Non
         group["drop_rate"] = group["target_drop_rate"] * recipe.drop_schedule(time)
 
 
+def clear_levels(groups: list[dict[str, Any]]) -> None:
+    """Nothing is dropped in training: γ and α of every group are 0."""
+    for group in groups:
+        group["sparsity_level"] = group["drop_rate"] = 0.0
+
+
 def snapshot(sparsifier: TargetedDropout, targets: Iterable[Target]) -> dict[str, Any]:
     """What `TargetedDropout.state_dict` gives: of every target name, γ, α and what its ranking remembers, copied."""
-    groups = [{**{key: t.config[key] for key in ("tensor_fqn", *_LEVELS)}, **t.snapshot()} for t in targets]
+    groups = [{**{key: t.config[key] for key in ("tensor_fqn", *_LEVELS)}, **_remembered(t)} for t in targets]
     return {
         "version": 1,
         "recipe": sparsifier.recipe.name,
@@ -68,7 +78,40 @@ def restore(targets: Iterable[Target], recipe: str, state: dict[str, Any], stric
         warnings.warn(str(problem), stacklevel=3)
     for name in set(saved) & set(here):
         here[name].config.update({key: saved[name][key] for key in _LEVELS})
-        here[name].restore(saved[name])
+        _recall(here[name], saved[name])
+
+
+def _parts(target: Target) -> dict[str, Memory | GateState | Observer | Held]:
+    """What of `target` lies in neither weights nor step, by its name in the state; empty for most recipes."""
+    parts = {"memory": target.memory, "gate": target.gate, "evidence": target.observer, "held": target.held}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def remembers(target: Target) -> bool:
+    """Whether weights and step do not say all of `target`."""
+    return bool(_parts(target))
+
+
+def _remembered(target: Target) -> dict[str, Any]:
+    return {name: part.snapshot() for name, part in _parts(target).items()}
+
+
+def _recall(target: Target, saved: dict[str, Any]) -> None:
+    """Go on from what `_remembered` gave.
+
+    Raises:
+        TdError: a damaged memory, damaged evidence, or a held mask of another shape.
+    """
+    if target.memory is not None:
+        target.memory.restore(saved.get("memory", {}), target.name)
+    if target.gate is not None:
+        target.gate.restore(saved.get("gate", {}), target.name)
+    if target.observer is not None:
+        target.observer.restore(saved.get("evidence", {}))
+    target.held = None
+    if "held" in saved:
+        pools, groups = target.ranking(False).importance(target.switches.seed).shape
+        target.hold(Held.restored(saved["held"], (pools, groups), target.name))
 
 
 def kept_params(

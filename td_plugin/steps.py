@@ -10,9 +10,11 @@ from torch import nn
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.holding import Held
 from td_plugin.micro_batches import Accumulation, MicroBatch
 from td_plugin.notices import warn_if_not_driven
-from td_plugin.state import set_levels
+from td_plugin.ramp import Moment
+from td_plugin.state import clear_levels, set_levels
 from td_plugin.switches import Switches
 from td_plugin.target import Target
 
@@ -104,9 +106,53 @@ class Steps(ABC):
         return self._accumulation.block(self, accumulation, last)
 
     def set_progress(self, progress: float) -> None:
-        """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done."""
+        """Set γ and α of every group to what the recipe says when the share `progress` of the ramp is done.
+
+        A held mask stays as it is.
+        """
         self._driven = True
+        if self.held:
+            return
         set_levels(self.groups, self.recipe, min(max(progress, 0.0), 1.0))
+
+    def follow(self, moment: Moment) -> None:
+        """Do what `Ramp.at` says for the step that comes: `set_progress`, nothing dropped before the ramp, `hold`."""
+        self._driven = True
+        if moment.frozen:
+            self.hold()
+        elif moment.progress is None and not self.held:
+            clear_levels(self.groups)
+        else:
+            self.set_progress(moment.progress or 0.0)
+
+    @property
+    def held(self) -> bool:
+        """Whether the mask is held."""
+        return any(target.held is not None for target in self._targets)
+
+    def hold(self) -> None:
+        """Drop exactly what evaluation drops now, in training and evaluation, whatever becomes of the weights (α = 1).
+
+        A held mask is part of `state_dict()`: a bit per weight or unit, compressed. What is dropped is neither ranked
+        nor drawn any more; a second call changes nothing.
+
+        Raises:
+            TdError: not prepared, weights with NaN.
+        """
+        self._prepared()
+        if self.held:
+            return
+        self._driven = True
+        for target in self._targets:
+            target.forget()
+        candidates = [Held.of(target.candidates()) for target in self._targets]  # all before the first changes
+        for target, held in zip(self._targets, candidates, strict=True):
+            target.hold(held)
+
+    def release(self) -> None:
+        """End `hold`: the next `step()` ranks and draws again, with the γ and α of the last `set_progress`."""
+        for target in self._targets:
+            target.release()
 
     def evaluate_at_target(self) -> None:
         """From here on evaluation and `squash_mask` use the target γ, wherever a ramp is: what will ship is judged."""

@@ -8,19 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from td_plugin.bits import dropped_by, flags_of, pack
+from td_plugin.bits import flags_of, pack
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.evidence import Observer
 from td_plugin.gates.mask import make_masks
 from td_plugin.gates.state import GateState
+from td_plugin.holding import Held
 from td_plugin.mask import TensorMask
 from td_plugin.masks import draw, draw_key
-from td_plugin.members import Member
+from td_plugin.members import Member, keeps_of
 from td_plugin.memory import Memory
 from td_plugin.parametrization import attach
 from td_plugin.pool import Together
 from td_plugin.ranking import Ranking
-from td_plugin.report import SparsityRow
 from td_plugin.switches import Switches
 
 
@@ -34,6 +34,7 @@ class Target:
         place: its index among the targets.
         memory: what its ranking remembers, for recipes that have it remember.
         together: gives the targets their γ, for recipes with `rates`.
+        held: what stays dropped, in training and evaluation, whatever becomes of the weights; None: it is ranked.
         observer: gathers what the criterion needs besides the weights; None for most.
     """
 
@@ -44,6 +45,7 @@ class Target:
         ranked = [m for m in members if m.ranked]
         self.place, self.together = 0, cast("Together | None", None)
         self.memory = Memory() if recipe.regrowth < 1 else None
+        self.held: Held | None = None
         # Two, because evaluation must not move the thresholds of training.
         self._sampled = Ranking(recipe, ranked, self.memory, learns=True)
         self._shipped = Ranking(recipe, ranked, self.memory, learns=False)
@@ -115,6 +117,8 @@ class Target:
 
     def settle(self) -> int:
         """Bring the shipped candidates up to date; the result changes whenever they are found anew."""
+        if self.held is not None:
+            return -id(self.held)
         self._shipped.cut(self.gamma(False), self.switches.seed)
         return self._shipped.generation
 
@@ -127,27 +131,49 @@ class Target:
     def keep_mask(self, mask: TensorMask) -> Tensor:
         """The deterministic keep-mask of one member, as `masking.select` takes it."""
         with torch.inference_mode(False):  # an inference tensor could not serve a later forward with gradients
-            return self._keeps(self._shipped, self.gamma(False), False, 1.0, 0)[self.masks.index(mask)]
+            return self.shipped()[self.masks.index(mask)]
+
+    def shipped(self) -> list[Tensor]:
+        """Every member's deterministic keep-mask, as `masking.select` takes it."""
+        if self.held is not None:
+            return keeps_of(self.members, self.recipe.granularity, self.candidates())
+        return self._keeps(self._shipped, self.gamma(False), False, 1.0, 0)
+
+    def candidates(self) -> Tensor:
+        """``[pools, groups]`` bool, what evaluation drops."""
+        if self.held is not None:
+            return self.held.dropped(self.members[0].parameter.device)
+        level, seed = self.gamma(False), self.switches.seed
+        return self._shipped.candidates(self._shipped.cut(level, seed), seed)
+
+    def hold(self, held: Held) -> None:
+        """Drop just `held` from here on, in training and evaluation, until `release`."""
+        self.held, self.config["drop_rate"] = held, 1.0
+        self.forget()
+        for mask, keep in zip(self.masks, self.shipped(), strict=True):
+            mask.keep, mask.scale = keep, 1.0
+
+    def _follow_device(self, held: Held) -> None:
+        """Hold again, if the model has moved."""
+        if self.masks[0].keep is None or self.masks[0].keep.device != self.members[0].parameter.device:
+            self.hold(held)
+
+    def release(self) -> None:
+        """Rank again, if the mask is held."""
+        if self.held is not None:
+            self.held, self.config["drop_rate"] = None, self.config["target_drop_rate"]
+            self.forget()
 
     def _keeps(self, ranking: Ranking, level: float, hold: bool, rate: float, key: int) -> list[Tensor]:
         """Every member's keep-mask when the draw `key` drops candidates at `rate`, as `masking.select` takes it."""
-        seed, kinds = self.switches.seed, self.recipe.granularity.kinds
+        seed = self.switches.seed
         kept = ranking.sample(level, seed, hold, rate, key)
         if kept is not None:
             return [kept]
         dropped = ranking.candidates(ranking.cut(level, seed, hold), seed)
         if rate < 1:
             dropped = dropped & draw(dropped.shape, rate, key, dropped.device)
-        keeps = [~self.recipe.granularity.to_mask(dropped, m.slice, m.parameter.shape) for m in self.members]
-        return self._shared(keeps) if kinds else [pack(keep) for keep in keeps]
-
-    def _shared(self, keeps: list[Tensor]) -> list[Tensor]:
-        """The same masks; those of equal entries, a layer's weight and bias, lie in one place."""
-        made: dict[tuple[int, int], Tensor] = {}
-        return [
-            keep if m.slice.owners else made.setdefault((m.slice.span, keep.numel()), keep).view(keep.shape)
-            for m, keep in zip(self.members, keeps, strict=True)
-        ]
+        return keeps_of(self.members, self.recipe.granularity, dropped)
 
     def keep_masks(self) -> dict[str, Tensor]:
         """The deterministic keep-mask of every member, of its full shape, by fully qualified tensor name."""
@@ -162,10 +188,12 @@ class Target:
             mask.train()
 
     def finish(self) -> None:
-        """`forget`, before the masks are baked in; a `TdError` if what the criterion needs has never come."""
+        """`forget`, before the masks are baked in; a `TdError` if weights hold NaN or the evidence has never come."""
         if self.observer is not None:
             self.observer.require()
         self.forget()
+        if self.held is not None:
+            self._shipped.importance(self.switches.seed)
 
     def draw(self, step: int, micro_step: int, fresh: bool, learn: bool = True) -> None:
         """Replace every member's training mask by a new sample.
@@ -178,9 +206,12 @@ class Target:
         """
         if self.gate is not None:
             self.gate.draw(draw_key(self.switches.seed, step, micro_step, self.name, "gate"))
-        every, rate = self.switches.refresh_every, self.level("drop_rate")
         if fresh and learn and self.observer is not None:
             self.observer.begin_step()
+        if self.held is not None:
+            self._follow_device(self.held)
+            return
+        every, rate = self.switches.refresh_every, self.level("drop_rate")
         never = rate == 0 and self.level("target_drop_rate") == 0
         if never or (rate == 1 and self._sampled.settled and self._final(self.asked(True))):
             return  # no mask and no ranking, or the masks stay as they are
@@ -201,48 +232,3 @@ class Target:
                 mask.keep = pack(flags_of(keep, shape) | ~draw(shape, rate, key, keep.device))
             if self.recipe.uninformed and member.module is self.members[-1].module:
                 mask.scale = 1.0 / (1.0 - rate)
-
-    def snapshot(self) -> dict[str, Any]:
-        """What lies in neither weights nor step, JSON-able: memory, gate, evidence; empty for recipes without."""
-        parts = {"memory": self.memory, "gate": self.gate, "evidence": self.observer}
-        return {name: part.snapshot() for name, part in parts.items() if part is not None}
-
-    @property
-    def remembers(self) -> bool:
-        """Whether `snapshot` has anything to say."""
-        return not (self.memory is None and self.gate is None and self.observer is None)
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `snapshot` gave.
-
-        Raises:
-            TdError: a damaged memory, or damaged evidence.
-        """
-        if self.memory is not None:
-            self.memory.restore(saved.get("memory", {}), self.name)
-        if self.gate is not None:
-            self.gate.restore(saved.get("gate", {}), self.name)
-        if self.observer is not None:
-            self.observer.restore(saved.get("evidence", {}))
-
-    def row(self) -> SparsityRow:
-        """What the deterministic mask drops."""
-        level, seed, granularity = self.gamma(False), self.switches.seed, self.recipe.granularity
-        pairs = [(member.parameter, mask) for member, mask in zip(self.members, self.masks, strict=True)]
-        keeps = self._keeps(self._shipped, level, False, 1.0, 0)
-        zeros = sum(dropped_by(keep, parameter.numel()) for keep, (parameter, _) in zip(keeps, pairs, strict=True))
-        groups, dropped = pairs[0][0].numel(), zeros  # of single weights; a flag for each is not made twice
-        if not granularity.single:
-            candidates = self._shipped.candidates(self._shipped.cut(level, seed), seed)
-            groups, dropped = candidates.numel(), int(candidates.sum())
-        return SparsityRow(
-            tensor=self.name,
-            kind="units" if granularity.kinds else "weights" if granularity.single else "blocks",
-            groups=groups,
-            dropped=dropped,
-            elements=sum(member.owned for member in self.members),
-            zeros=zeros,
-            sampled=sum(dropped_by(mask.keep, parameter.numel()) for parameter, mask in pairs if mask.keep is not None),
-            sparsity_level=self.config["sparsity_level"],
-            drop_rate=self.config["drop_rate"],
-        )
