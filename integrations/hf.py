@@ -9,6 +9,7 @@ of the plain model.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -28,9 +29,12 @@ try:
 except ImportError as error:
     raise TdError("transformers is not installed", got=error, fix="pip install 'td-plugin[hf]'") from error
 
-from td_plugin.integrations import hf_state
+from td_plugin.integrations import hf_settings, hf_state
 from td_plugin.integrations.distillation import Distillation, Teaching
 from td_plugin.integrations.hf_ramp import ramp_of, steps_of_epoch
+
+OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
+"""``values of a trial -> recipe and γ``."""
 
 logger = logging.get_logger("td_plugin")
 
@@ -61,6 +65,8 @@ class TargetedDropoutCallback(TrainerCallback):
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
         distillation: learn from the dense model, too (`td_plugin.integrations.distillation`).
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
+        on_trial: recipe and γ of a trial of `hyperparameter_search`, from the values of its search space by name; they
+            take the place of `recipe` and `sparsity_level` there.
 
     Attributes:
         sparsifier: the sparsifier, once training has started.
@@ -87,15 +93,15 @@ class TargetedDropoutCallback(TrainerCallback):
         refresh_every: int = 1,
         distillation: Distillation | None = None,
         squash: bool = True,
+        on_trial: OnTrial | None = None,
     ) -> None:
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
-        self._new = partial(
-            TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every
-        )
-        self._new()  # a wrong γ is said now, not hours later
+        self._new = partial(TargetedDropout, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every)
+        self._method = (recipe, sparsity_level)
+        self._new(*self._method)  # a wrong γ is said now, not hours later
         self._config, self._ramp, self._squash = config, ramp_of(recipe_steps, ramp), squash
-        self._redraws = mask_every == "micro_batch"
+        self._mask_every, self._on_trial = mask_every, on_trial
         self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
         self._per_epoch: int | None = None
@@ -125,11 +131,12 @@ class TargetedDropoutCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
+        hf_settings.refuse_zero3(args)
         if self._teaching is not None:
             self._teaching.begin(model, resumed=state.global_step > 0)
         sparsifier = attached_sparsifier(model)
         if sparsifier is None:
-            sparsifier = self._new()
+            sparsifier = self._asked_for(state)
             sparsifier.prepare(model, self._config)
         elif sparsifier in _DRIVERS and _DRIVERS[sparsifier]() not in (self, None):
             raise TdError("two TargetedDropoutCallbacks drive one model", where=type(model).__name__, fix="keep one")
@@ -139,6 +146,8 @@ class TargetedDropoutCallback(TrainerCallback):
         if scaler is not None:
             use_scaler(sparsifier, scaler)
         hf_state.resume(state, sparsifier)
+        asked = hf_settings.settings_of(sparsifier, str(self._ramp), self._mask_every, state.max_steps)
+        hf_settings.compare(state, asked)
         sparsifier.evaluate_at_target()
         self._per_epoch = steps_of_epoch(args, train_dataloader)
         self._ramp.warn_if_longer(state.max_steps, self._per_epoch)
@@ -157,7 +166,7 @@ class TargetedDropoutCallback(TrainerCallback):
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw for the next micro-batch; its predecessor's backward is done."""
-        if self._redraws:
+        if self._mask_every == "micro_batch":
             self._active().redraw()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -211,6 +220,10 @@ class TargetedDropoutCallback(TrainerCallback):
 
     def _set_progress(self, state: TrainerState) -> None:
         self._active().follow(self._ramp.at(state.global_step, state.max_steps, self._per_epoch))
+
+    def _asked_for(self, state: TrainerState) -> TargetedDropout:
+        trial = None if self._on_trial is None else state.trial_params
+        return self._new(*(self._method if trial is None or self._on_trial is None else self._on_trial(trial)))
 
     def _active(self) -> TargetedDropout:
         if self.sparsifier is None or not self.sparsifier.groups:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from td_plugin.sparsifier import TargetedDropout
 
 _NAME = "td_plugin"
+_TARGETS = ("target_sparsity_level", "target_drop_rate")
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def forget(state: TrainerState) -> None:
 
 
 def resume(state: TrainerState, sparsifier: TargetedDropout) -> None:
-    """Go on from what the checkpoint remembers, where it does.
+    """Go on from what the checkpoint remembers, where it does; γ and α stay what they are asked for now.
 
     Raises:
         TdError: it is of another set-up.
@@ -41,7 +42,10 @@ def resume(state: TrainerState, sparsifier: TargetedDropout) -> None:
     saved = _states(state).pop(_NAME, None)
     held = saved is not None and any("held" in group for group in saved["groups"])
     if saved is not None and (sparsifier.remembers or held):
+        targets = [{key: group[key] for key in _TARGETS} for group in sparsifier.groups]
         sparsifier.load_state_dict(saved)
+        for group, target in zip(sparsifier.groups, targets, strict=True):
+            group.update(target)
 
 
 def load_best(args: TrainingArguments, state: TrainerState, sparsifier: TargetedDropout) -> None:

@@ -207,11 +207,13 @@ def test_pitfall_5_two_callbacks_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_pitfall_5_nothing_of_ours_is_in_the_trainer_state(tmp_path: Path) -> None:
+def test_pitfall_5_what_we_keep_in_the_trainer_state_does_not_grow(tmp_path: Path) -> None:
     make_trainer(tmp_path, make_model(), callback()).train()
     states = [json.loads((path / "trainer_state.json").read_text()) for path in tmp_path.glob("checkpoint-*")]
     assert len(states) >= 3
-    assert {name for state in states for name in state["stateful_callbacks"]} == {"TrainerControl"}
+    kept = [state["stateful_callbacks"] for state in states]
+    assert {name for names in kept for name in names} == {"TrainerControl", "td_plugin_settings"}
+    assert all(names["td_plugin_settings"] == kept[0]["td_plugin_settings"] for names in kept)
 
 
 class TestPitfall6:
