@@ -22,7 +22,7 @@ FILES = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints at steps 2 and 4."""
     out = tmp_path_factory.mktemp("run")
-    make_trainer(out, make_model(), callback(recipe_steps=8), max_steps=4).train()
+    make_trainer(out, make_model(), callback(recipe_steps=4), max_steps=4).train()
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     return out
 
@@ -131,10 +131,10 @@ def test_a_sharded_directory_is_whole_with_its_metadata(out: Path) -> None:
 
 
 def test_the_run_goes_on_from_there_bit_for_bit(out: Path, tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole", make_model(), callback(recipe_steps=8), max_steps=4)
+    whole = make_trainer(tmp_path / "whole", make_model(), callback(recipe_steps=4), max_steps=4)
     whole.train()
     (out / "checkpoint-4" / "trainer_state.json").unlink()
-    again = make_trainer(out, make_model(seed=9), callback(recipe_steps=8), max_steps=4)
+    again = make_trainer(out, make_model(seed=9), callback(recipe_steps=4), max_steps=4)
     with pytest.warns(UserWarning, match="checkpoint-4 is incomplete"):
         again.train(resume_from_checkpoint=last_complete_checkpoint(out))
     assert_equal(weights(whole.model), weights(again.model))

@@ -22,7 +22,7 @@ LAYER = "bert.encoder.layer.{}.intermediate.dense.weight"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """At step 2 of 4, of the callback as `callback()` makes it."""
     out = tmp_path_factory.mktemp("run")
-    make_trainer(out, make_model(), callback(recipe_steps=8), max_steps=4).train()
+    make_trainer(out, make_model(), callback(recipe_steps=4), max_steps=4).train()
     return str(out / "checkpoint-2")
 
 
@@ -37,7 +37,7 @@ def resumed(out: Path, checkpoint: str, mine: TargetedDropoutCallback, **options
 def test_the_same_settings_say_nothing(tmp_path: Path, checkpoint: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resumed(tmp_path, checkpoint, callback(recipe_steps=8))
+        resumed(tmp_path, checkpoint, callback(recipe_steps=4))
 
 
 def unit(alpha: float = 0.9, **options: Any) -> td.Recipe:
@@ -50,7 +50,7 @@ def unit(alpha: float = 0.9, **options: Any) -> td.Recipe:
         ((unit(), 0.75), {}, r"sparsity_level 0\.5 -> 0\.75"),
         ((unit(0.6), 0.5), {}, r"drop_rate 0\.9 -> 0\.6"),
         ((unit(), 0.5), {"seed": 7}, r"seed 0 -> 7"),
-        ((unit(), 0.5), {"recipe_steps": 0.5}, r"ramp Ramp\(.*end=8.* -> Ramp\(.*end=0\.5"),
+        ((unit(), 0.5), {"recipe_steps": 0.5}, r"ramp Ramp\(.*end=4.* -> Ramp\(.*end=0\.5"),
         ((unit(), 0.5), {"mask_every": "step"}, r"mask_every micro_batch -> step"),
         ((td.recipes.targeted_unit(0.9), 0.5), {}, r"recipe ramping_targeted_unit -> targeted_unit.*drop_schedule"),
         ((unit(kinds=("neurons",)), 0.5), {}, r"granularity .*targets 4 -> 2"),
@@ -61,7 +61,7 @@ def test_other_settings_are_named(
     tmp_path: Path, checkpoint: str, mine: tuple[td.Recipe, float], options: dict[str, Any], told: str
 ) -> None:
     with pytest.warns(UserWarning, match=rf"resumed at step 2 with other settings.*{told}"):
-        kept = resumed(tmp_path, checkpoint, TargetedDropoutCallback(*mine, **{"recipe_steps": 8, **options}))
+        kept = resumed(tmp_path, checkpoint, TargetedDropoutCallback(*mine, **{"recipe_steps": 4, **options}))
     assert (kept["recipe"], kept["sparsity_level"]) == (mine[0].name, mine[1]), "a second resume compares with these"
 
 
@@ -69,13 +69,13 @@ def test_other_settings_are_named(
 def test_another_length_of_the_run_is_named(tmp_path: Path, checkpoint: str, options: dict[str, Any]) -> None:
     steps = max(options["max_steps"], 4 * options.get("num_train_epochs", 0))
     with pytest.warns(UserWarning, match=rf"max_steps 4 -> {steps}"):
-        resumed(tmp_path, checkpoint, callback(recipe_steps=8), **options)
+        resumed(tmp_path, checkpoint, callback(recipe_steps=4), **options)
 
 
 def test_levels_of_single_tensors_are_named(tmp_path: Path, checkpoint: str) -> None:
     entries = [{"tensor_fqn": LAYER.format(0), "sparsity_level": 0.25}, {"tensor_fqn": LAYER.format(1)}]
     with pytest.warns(UserWarning, match=rf"γ and α of {LAYER.format(0)} as all -> \[0\.25, 0\.9\]"):
-        resumed(tmp_path, checkpoint, callback(recipe_steps=8, config=entries))
+        resumed(tmp_path, checkpoint, callback(recipe_steps=4, config=entries))
 
 
 @pytest.mark.parametrize("record", [None, 3], ids=["without", "damaged"])
@@ -88,7 +88,7 @@ def test_a_checkpoint_without_a_record_resumes_quietly(tmp_path: Path, checkpoin
     else:
         state["stateful_callbacks"]["td_plugin_settings"] = record
     file.write_text(json.dumps(state))
-    kept = resumed(tmp_path, checkpoint, callback(recipe_steps=8))
+    kept = resumed(tmp_path, checkpoint, callback(recipe_steps=4))
     file.write_text(before)
     assert kept["sparsity_level"] == 0.5
 
@@ -106,14 +106,14 @@ def test_the_new_levels_hold_where_the_checkpoint_remembers_others(tmp_path: Pat
 def test_pitfall_4_restored_callback_states_say_the_same(tmp_path: Path, checkpoint: str) -> None:
     options = {"restore_callback_states_from_checkpoint": True}
     with pytest.warns(UserWarning, match=r"seed 0 -> 7"):
-        resumed(tmp_path, checkpoint, callback(recipe_steps=8, seed=7), **options)
+        resumed(tmp_path, checkpoint, callback(recipe_steps=4, seed=7), **options)
 
 
 def test_pitfall_3_a_checkpoint_of_ours_resumes_without_the_callback_and_with_it_again(
     tmp_path: Path, checkpoint: str
 ) -> None:
     make_trainer(tmp_path, make_model(seed=9), None, max_steps=4).train(resume_from_checkpoint=checkpoint)
-    again = make_trainer(tmp_path, make_model(seed=8), callback(recipe_steps=8), max_steps=4)
+    again = make_trainer(tmp_path, make_model(seed=8), callback(recipe_steps=4), max_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.state.global_step == 4
 
