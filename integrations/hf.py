@@ -20,6 +20,7 @@ from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.evidence import use_scaler
 from td_plugin.ramp import Ramp
+from td_plugin.selection import Config
 from td_plugin.sparsifier import TargetedDropout
 from td_plugin.switches import EvalMask
 
@@ -56,7 +57,8 @@ class TargetedDropoutCallback(TrainerCallback):
         recipe: which method, from `td_plugin.recipes` or composed.
         sparsity_level: γ in [0, 1), as of `TargetedDropout`.
         seed: of the draws.
-        config: as of `TargetedDropout.prepare`: which tensors, with which γ and α; None takes all the recipe can drop.
+        config: as of `TargetedDropout.prepare`: which tensors, with which γ and α, by name, by pattern
+            (`td_plugin.Layers`) or by a function of the model; None takes all the recipe can drop.
         recipe_steps: length of the ramp of a ramping recipe: optimizer steps (int), or the share of the run (float in
             (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
         ramp: in place of `recipe_steps`: its start, its end, and from when the mask is held (`td_plugin.Ramp`).
@@ -85,7 +87,7 @@ class TargetedDropoutCallback(TrainerCallback):
         sparsity_level: float | None = None,
         *,
         seed: int = 0,
-        config: list[dict[str, Any]] | None = None,
+        config: Config = None,
         recipe_steps: float | None = None,
         ramp: Ramp | None = None,
         mask_every: Literal["micro_batch", "step"] = "micro_batch",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from td_plugin import criteria, dropconnect, gates, granularity, layerwise, penalties, rates, recipes, schedules
+    from td_plugin.by_name import Layers
     from td_plugin.contract import Evidence, Recipe
     from td_plugin.errors import TdError
     from td_plugin.ramp import Ramp
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Evidence",
+    "Layers",
     "Ramp",
     "Recipe",
     "SparsityReport",
@@ -38,6 +40,7 @@ __all__ = [
 # Loaded when first asked for: the command line shows its help without torch.
 _HOMES = {
     "Evidence": "contract",
+    "Layers": "by_name",
     "Ramp": "ramp",
     "Recipe": "contract",
     "SparsityReport": "report",

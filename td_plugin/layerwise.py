@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from td_plugin.by_name import Layers
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.criteria import magnitude
 from td_plugin.errors import TdError
 from td_plugin.granularity import WholeTensor
-from td_plugin.selection import Config, select
+from td_plugin.selection import Config, Inputs, select
 
 
 def uniform(
@@ -65,6 +66,22 @@ def erk(model: nn.Module, level: float, config: Config = None, *, power: float =
     return [
         {"tensor_fqn": name, "sparsity_level": 0.0 if name in dense else 1.0 - scale * raw[name]} for name in shapes
     ]
+
+
+def matching(model: nn.Module, recipe: Recipe, layers: Layers, example_inputs: Inputs = None) -> list[dict[str, Any]]:
+    """What `Layers` says of the model, as a config for `prepare`, which takes `layers` themselves, too.
+
+    Args:
+        model: not prepared yet.
+        recipe: of weights or units.
+        layers: patterns.
+        example_inputs: as of `prepare`.
+
+    Raises:
+        TdError: a pattern that fits nothing, nothing to prune.
+    """
+    chosen = select(model, recipe, layers, example_inputs).choices
+    return [{"tensor_fqn": choice.ranked[0].fqn, **choice.overrides} for choice in chosen]
 
 
 def fitting(model: nn.Module, recipe: Recipe, config: Config = None) -> list[dict[str, Any]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from td_plugin.by_name import Layers
 from td_plugin.choices import Choice, check_once, mask_fault, units_of, whole_layer
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
@@ -23,8 +24,10 @@ _EMBEDDING = re.compile(r"(^|[._])(embed(ding|dings|s)?|patch_embed(ding|dings)?
 _CONFIG_KEYS = ("tensor_fqn", "sparsity_level", "drop_rate")
 _NO_UNITS = "its outputs are not units that can be removed, or not of this kind"
 
-Config = list[dict[str, Any]] | None
-"""torch.ao's: ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}`` for each target; None for all."""
+Entries = list[dict[str, Any]]
+"""torch.ao's: ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}`` for each target."""
+Config = Entries | Layers | Callable[[nn.Module], Entries] | None
+"""The entries, patterns, a function that makes the entries of the model, or None for all that the recipe takes."""
 Inputs = Mapping[str, Any] | None
 """As the model is called, by name."""
 Groups = Sequence[UnitGroup] | None
@@ -201,8 +204,9 @@ def select(
     Args:
         model: not prepared yet.
         recipe: decides between weights and units.
-        config: torch.ao's list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, or None. With a
-            unit recipe any weight of a unit names the whole of it (`query.weight` the heads).
+        config: torch.ao's list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, `Layers`, a
+            function ``model -> list``, or None. With a unit recipe any weight of a unit names the whole of it
+            (`query.weight` the heads).
         example_inputs: for `survey`, where it traces the model.
         groups: the units, in place of those `survey` finds.
 
@@ -213,10 +217,16 @@ def select(
         TdError: a wrong name (the nearest is named), key, tensor or fraction; a tensor named twice; wrong groups;
             nothing to prune.
     """
-    if config is not None and not isinstance(config, list):
+    config = config(model) if callable(config) else config
+    if config is not None and not isinstance(config, (list, Layers)):
         raise TdError("the config is not a list", got=repr(config), fix='[{"tensor_fqn": "encoder.0.weight"}]')
     structure = _structure(model, recipe, example_inputs, groups)
-    selection = _defaults(model, recipe, structure) if config is None else _named_by(model, recipe, config, structure)
+    if isinstance(config, list):
+        selection = _named_by(model, recipe, config, structure)
+    else:
+        selection = _defaults(model, recipe, structure)
+    if isinstance(config, Layers):
+        selection = Selection(*config.choose(selection.choices, selection.skipped))
     if not selection.choices:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:8])
         raise TdError(

@@ -110,8 +110,9 @@ class TargetedDropout(Steps, BaseSparsifier):
 
         Args:
             model: any module; its parameters keep their names, order and identity.
-            config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional;
-                None takes all the recipe can drop (`td_plugin.selection.select` says what is left out).
+            config: list of ``{"tensor_fqn": ..., "sparsity_level": ..., "drop_rate": ...}``, the last two optional, a
+                function that makes it of `model`, or patterns (`td_plugin.Layers`); None takes all the recipe can drop
+                (`td_plugin.selection.select` says what is left out).
             example_inputs: as the model is called, by name, for `td_plugin.structure.survey`, which finds the units.
             groups: units given by hand, in place of those that `survey` finds.
 
