@@ -22,7 +22,7 @@ from td_plugin.evidence import use_scaler
 from td_plugin.ramp import Ramp
 from td_plugin.selection import Config
 from td_plugin.sparsifier import TargetedDropout
-from td_plugin.switches import EvalMask
+from td_plugin.switches import EvalMask, RankPolicy
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -65,6 +65,7 @@ class TargetedDropoutCallback(TrainerCallback):
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
         eval_mask: ``"pruned"``, ``"expected"`` as of `TargetedDropout`, or ``"dense"`` to evaluate without masks.
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
+        rank_policy: as of `TargetedDropout`: whether several processes drop the same.
         distillation: learn from the dense model, too (`td_plugin.integrations.distillation`).
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
         on_trial: recipe and γ of a trial of `hyperparameter_search`, from the values of its search space by name; they
@@ -93,13 +94,16 @@ class TargetedDropoutCallback(TrainerCallback):
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
+        rank_policy: RankPolicy = "shared",
         distillation: Distillation | None = None,
         squash: bool = True,
         on_trial: OnTrial | None = None,
     ) -> None:
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
-        self._new = partial(TargetedDropout, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every)
+        self._new = partial(
+            TargetedDropout, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every, rank_policy=rank_policy
+        )
         self._method = (recipe, sparsity_level)
         self._new(*self._method)  # a wrong γ is said now, not hours later
         self._config, self._ramp, self._squash = config, ramp_of(recipe_steps, ramp), squash

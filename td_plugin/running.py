@@ -47,6 +47,11 @@ def processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this one is."""
+    return distributed.get_rank() if processes() > 1 else 0
+
+
 class Running:
     """One sum: of the step that runs, and of all before it. Float32, where the weights are.
 

@@ -19,7 +19,7 @@ from td_plugin.selection import Config, Groups, Inputs, select
 from td_plugin.squashing import squash
 from td_plugin.state import kept_params, merged_masks, remembers, restore, snapshot
 from td_plugin.steps import Steps
-from td_plugin.switches import EvalMask, Switches
+from td_plugin.switches import EvalMask, RankPolicy, Switches
 from td_plugin.target import Target
 from td_plugin.targets import make_targets
 
@@ -45,9 +45,11 @@ class TargetedDropout(Steps, BaseSparsifier):
             γ·α that training does on average (as tensor2tensor); ``"dense"``: it drops nothing.
         refresh_every: rank anew in every n-th step only, and in the first after `state_dict`, so that a resumed run
             does the same; in between the thresholds stay and the number of candidates drifts.
+        rank_policy: of several processes: ``"shared"``: all drop the same; ``"independent"``: each draws its own masks.
+            Evaluation is the same on all.
 
     Raises:
-        TdError: γ outside [0, 1), an unknown `eval_mask`, `refresh_every` below 1.
+        TdError: γ outside [0, 1), an unknown `eval_mask` or `rank_policy`, `refresh_every` below 1.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class TargetedDropout(Steps, BaseSparsifier):
         seed: int = 0,
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
+        rank_policy: RankPolicy = "shared",
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
-        self._switches = Switches(seed, eval_mask, refresh_every)
+        self._switches = Switches(seed, eval_mask, refresh_every, rank_policy)
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
         self._final_report: SparsityReport | None = None

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from td_plugin.errors import TdError
 from td_plugin.evidence import Sight
+from td_plugin.masks import draw_key
+from td_plugin.running import rank
 
 if TYPE_CHECKING:
     from td_plugin.target import Target
 
 EvalMask = Literal["pruned", "expected", "dense"]
 """What evaluation drops: the share γ of every pool, the share γ·α that training drops on average, or nothing."""
+
+RankPolicy = Literal["shared", "independent"]
+"""Whether processes that train together drop the same candidates in a step, or each draws its own."""
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Switches:
     seed: int = 0
     eval_mask: EvalMask = "pruned"
     refresh_every: int = 1
+    rank_policy: RankPolicy = "shared"
     dense: bool = False
     refresh_now: bool = False
     sight: Sight = field(default_factory=Sight)
@@ -38,8 +44,15 @@ class Switches:
         every = self.refresh_every
         if self.eval_mask not in get_args(EvalMask):
             raise TdError("unknown eval_mask", got=self.eval_mask, fix="'pruned', 'expected' or 'dense'")
+        if self.rank_policy not in get_args(RankPolicy):
+            raise TdError("unknown rank_policy", got=self.rank_policy, fix="'shared' or 'independent'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
+
+    def key(self, step: int, micro_step: int, *names: str) -> int:
+        """Of the draw `names` in this step; the first process always draws what one process alone would."""
+        own = rank() if self.rank_policy == "independent" else 0
+        return draw_key(self.seed, step, micro_step, *names, *((f"rank {own}",) if own else ()))
 
     @contextmanager
     def off(self, targets: Iterable[Target]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from td_plugin.gates.mask import make_masks
 from td_plugin.gates.state import GateState
 from td_plugin.holding import Held
 from td_plugin.mask import TensorMask
-from td_plugin.masks import draw, draw_key
+from td_plugin.masks import draw
 from td_plugin.members import Member, keeps_of
 from td_plugin.memory import Memory
 from td_plugin.parametrization import attach
@@ -205,7 +205,7 @@ class Target:
             learn: whether the ranking may remember what it finds. After a restore it has yet to be made by `step`.
         """
         if self.gate is not None:
-            self.gate.draw(draw_key(self.switches.seed, step, micro_step, self.name, "gate"))
+            self.gate.draw(self.switches.key(step, micro_step, self.name, "gate"))
         if fresh and learn and self.observer is not None:
             self.observer.begin_step()
         if self.held is not None:
@@ -220,7 +220,7 @@ class Target:
             self.expire(training=True)
         self._sampled.learns = learn
         level = 1.0 if self.recipe.uninformed else self.gamma(True, every > 1)
-        key = draw_key(self.switches.seed, step, micro_step, self.name)
+        key = self.switches.key(step, micro_step, self.name)
         by_group, before = self.recipe.sampler != "weight", self._sampled.generation
         keeps = self._keeps(self._sampled, level, every > 1, rate if by_group else 1.0, key)
         if self.memory is not None and self._sampled.generation != before and learn:
@@ -228,7 +228,7 @@ class Target:
         for member, mask, keep in zip(self.members, self.masks, keeps, strict=True):
             mask.keep = keep
             if not by_group:
-                key, shape = draw_key(self.switches.seed, step, micro_step, member.fqn), member.parameter.shape
+                key, shape = self.switches.key(step, micro_step, member.fqn), member.parameter.shape
                 mask.keep = pack(flags_of(keep, shape) | ~draw(shape, rate, key, keep.device))
             if self.recipe.uninformed and member.module is self.members[-1].module:
                 mask.scale = 1.0 / (1.0 - rate)
