@@ -10,6 +10,7 @@ from torch import nn
 
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
+from td_plugin.packed import packed
 from td_plugin.units import Slice, UnitGroup
 
 
@@ -48,8 +49,13 @@ def parameter_of(model: nn.Module, slice_: Slice) -> nn.Parameter | None:
 
 def mask_fault(model: nn.Module, group: UnitGroup) -> str:
     """Why the units of `group` cannot be masked; empty if they can."""
-    plain = (part.fqn for part in group.ranked + group.carried if parameter_of(model, part) is None)
-    return next((f"{name} belongs to its units and is no parameter" for name in plain), "")
+    for part in group.ranked + group.carried:
+        parameter = parameter_of(model, part)
+        if parameter is None:
+            return f"{part.fqn} belongs to its units and is no parameter"
+        if reason := packed(parameter):
+            return f"{part.fqn} belongs to its units and is {reason}"
+    return ""
 
 
 def units_of(model: nn.Module, recipe: Recipe, group: UnitGroup, overrides: dict[str, Any] | None = None) -> Choice:

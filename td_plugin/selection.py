@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from td_plugin.adapters import added_by_peft
 from td_plugin.by_name import Layers
 from td_plugin.choices import Choice, check_once, mask_fault, units_of, whole_layer
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.given import given_structure, nearest
 from td_plugin.granularity import KINDS
+from td_plugin.packed import packed, packed_layers
 from td_plugin.structure import survey
 from td_plugin.units import Slice, Structure, UnitGroup
 
@@ -81,6 +83,8 @@ def _shared(model: nn.Module) -> set[int]:
 def _skip_reason(name: str, module: nn.Module, shared: set[int], logits: str | None) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is already parametrized by something else"
+    if (weight := module._parameters["weight"]) is not None and (reason := packed(weight)):
+        return reason
     if id(module._parameters["weight"]) in shared:
         return "tied: the same parameter serves another module"
     if _EMBEDDING.search(name):
@@ -93,9 +97,13 @@ def _skip_reason(name: str, module: nn.Module, shared: set[int], logits: str | N
 def _defaults(model: nn.Module, recipe: Recipe, structure: Structure | None) -> Selection:
     """Everything the recipe can drop: `config=None`; without a structure, single weights."""
     layers, shared = _layers(model), _shared(model)
-    logits = next(reversed(layers), None)
-    reasons = {name: _skip_reason(name, module, shared, logits) for name, (module, _) in layers.items()}
+    added = added_by_peft(model)
+    logits = next((name for name in reversed(layers) if name not in added), None)
+    reasons = {
+        name: added.get(name) or _skip_reason(name, module, shared, logits) for name, (module, _) in layers.items()
+    }
     skipped = {Slice(name, "weight", 0).fqn: reason for name, reason in reasons.items() if reason}
+    skipped.update(packed_layers(model))
     free = {name: layer for name, layer in layers.items() if reasons[name] is None}
     if structure is None:
         return Selection([Choice((Slice(name, "weight", dim),)) for name, (_, dim) in free.items()], skipped)
@@ -136,6 +144,8 @@ def _check_entry(entry: dict[str, Any], known: dict[str, nn.Parameter], shared: 
     if id(known[name]) in shared:
         problem = "the tensor is tied: the same parameter serves another module"
         raise TdError(problem, where=name, fix="leave it out, or untie it first")
+    if reason := packed(known[name]):
+        raise TdError("its numbers cannot be ranked", where=name, got=reason, fix="prune first, quantize afterwards")
     if known[name].dim() < 2 or not known[name].is_floating_point():
         raise TdError(
             "only floating-point weights of two or more dimensions are ranked",

@@ -11,7 +11,7 @@ from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.gates.training import Training
 from td_plugin.micro_batches import Accumulation
-from td_plugin.notices import warn_of_stuck_units
+from td_plugin.notices import warn_of_frozen, warn_of_stuck_units
 from td_plugin.parametrization import refuse_masked
 from td_plugin.report import SparsityReport
 from td_plugin.rows import row_of
@@ -132,6 +132,9 @@ class TargetedDropout(Steps, BaseSparsifier):
         self.groups = [target.config for target in self._targets]
         self._training = Training(self.recipe, [(target.members, target.gate) for target in self._targets])
         self._claim()
+        learns = [any(m.parameter.requires_grad for m in target.members if m.ranked) for target in self._targets]
+        names = [choice.ranked[0].fqn for choice in selection.choices]
+        warn_of_frozen(list(zip(names, learns, strict=True)), model)
         warn_of_stuck_units([choice.ranked[0].fqn for choice in selection.choices if not choice.removable], model)
 
     def _claim(self) -> None:
