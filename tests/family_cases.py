@@ -6,11 +6,12 @@ another size than four, feed-forward blocks of another width than the stream, tw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import family_nets as nets
+import pytest
 import torch
 import transformers as hf
 from torch import nn
@@ -201,3 +202,11 @@ FAMILIES: dict[str, FamilyCase] = {
     "own_lstm": FamilyCase(lambda: nets.Recurrent(nn.LSTM, 2), given=_WORDS),
     "own_gru": FamilyCase(lambda: nets.Recurrent(nn.GRU, 1), given=_WORDS),
 }
+
+TWINS = ("roberta", "electra", "deit", "llama_mha", "qwen2", "mt5", "marian", "whisper", "opt")
+"""Another row has their layers, under other names or put together differently; the slow suite runs them."""
+
+
+def family_rows(names: Iterable[str] = FAMILIES) -> list[Any]:
+    """`names` as rows of a parametrized test."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in names]

@@ -23,6 +23,7 @@ from deploy_measure import AGAIN, BASE, Plan, ratios
 from deploy_models import STORED, TIMED, TORCH, answers, asking_file, judged, key, random_inputs
 from deploy_plot import TITLES, pareto
 
+pytestmark = pytest.mark.slow
 LEVELS = (0.0, 0.5)
 TIMED_ROWS = {key(level, form) for level in LEVELS for form in (*TORCH, *TIMED)}
 

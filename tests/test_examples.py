@@ -38,6 +38,7 @@ def test_the_trainer(tmp_path: Path) -> None:
     assert "pruned over dense" in text
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     text = output_of(str(EXAMPLES / "03_any_model.py"), tmp_path)
     found = re.search(r"([\d,]+) -> ([\d,]+) parameters; accuracy, trained on: ([\d.]+)\nreloaded: ([\d.]+)", text)

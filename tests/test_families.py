@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import FAMILIES
+from family_cases import FAMILIES, family_rows
 from family_checks import generate_equal, logits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -82,7 +82,7 @@ def parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_rows())
 def test_masked_is_shrunk_is_reloaded(name: str, tmp_path: Path) -> None:
     pruned = Pruned(name, ("neurons", "channels", "heads"))
     expected = outputs(pruned.masked, pruned.inputs)
@@ -115,7 +115,7 @@ def test_the_width_of_the_stream(name: str, tmp_path: Path) -> None:
     assert difference(outputs(loaded, pruned.inputs), outputs(pruned.small, pruned.inputs)) == 0
 
 
-@pytest.mark.parametrize("name", DEPTH)
+@pytest.mark.parametrize("name", family_rows(DEPTH))
 def test_whole_layers(name: str, tmp_path: Path) -> None:
     pruned = Pruned(name, ("layers",))
     assert difference(outputs(pruned.masked, pruned.inputs), outputs(pruned.small, pruned.inputs)) < 1e-5

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import FAMILIES
+from family_cases import FAMILIES, family_rows
 from family_checks import logits, logits_without
 from torch import Tensor, nn
 
@@ -240,7 +240,7 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return logits(model(**inputs))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", family_rows())
 def test_shrunk_is_the_dense_model_whose_units_are_zeroed_by_hooks(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

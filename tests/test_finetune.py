@@ -75,7 +75,9 @@ class TestText:
         )
         torch.testing.assert_close(small(**inputs).logits, masked(**inputs).logits, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize(("recipe", "checkpoint"), [("targeted_weight", "masked"), ("none", "dense")])
+    @pytest.mark.parametrize(
+        ("recipe", "checkpoint"), [("targeted_weight", "masked"), pytest.param("none", "dense", marks=pytest.mark.slow)]
+    )
     def test_without_units_there_is_nothing_to_shrink(
         self, recipe: str, checkpoint: str, text_encoder: Path, reviews: Path, tmp_path: Path
     ) -> None:
