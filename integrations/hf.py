@@ -32,6 +32,7 @@ except ImportError as error:
 
 from td_plugin.integrations import hf_settings, hf_state
 from td_plugin.integrations.distillation import Distillation, Teaching
+from td_plugin.integrations.hf_logging import RunLog, go_before_reporters
 from td_plugin.integrations.hf_ramp import ramp_of, steps_of_epoch
 
 OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
@@ -67,6 +68,7 @@ class TargetedDropoutCallback(TrainerCallback):
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
         rank_policy: as of `TargetedDropout`: whether several processes drop the same.
         distillation: learn from the dense model, too (`td_plugin.integrations.distillation`).
+        log_groups: log the sparsity of every target, too.
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
         on_trial: recipe and γ of a trial of `hyperparameter_search`, from the values of its search space by name; they
             take the place of `recipe` and `sparsity_level` there.
@@ -97,6 +99,7 @@ class TargetedDropoutCallback(TrainerCallback):
         rank_policy: RankPolicy = "shared",
         distillation: Distillation | None = None,
         squash: bool = True,
+        log_groups: bool = False,
         on_trial: OnTrial | None = None,
     ) -> None:
         if mask_every not in ("micro_batch", "step"):
@@ -111,6 +114,7 @@ class TargetedDropoutCallback(TrainerCallback):
         self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
         self._per_epoch: int | None = None
+        self._log = RunLog(log_groups)
 
     def on_init_end(
         self,
@@ -122,6 +126,7 @@ class TargetedDropoutCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Copy the teacher before a checkpoint is loaded into the model."""
+        go_before_reporters(self, args)
         if self._teaching is not None:
             self._teaching.meet(model)
 
@@ -137,6 +142,8 @@ class TargetedDropoutCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Prepare the model that really trains, or adopt what it carries; runs again after a restart of the loop."""
+        go_before_reporters(self, args)
+        self._log.begin()
         hf_settings.refuse_zero3(args)
         if self._teaching is not None:
             self._teaching.begin(model, resumed=state.global_step > 0)
@@ -196,19 +203,9 @@ class TargetedDropoutCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Log γ, α, the share of scalars dropped in this step, and the sparsity the model would ship with."""
-        if logs is None or self.sparsifier is None or not self.sparsifier.groups or "loss" not in logs:
-            return
-        groups, report = self.sparsifier.groups, self.sparsifier.report()
-        values = {
-            "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
-            "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
-            "td_dropped": report.dropped_share,
-            "td_sparsity": report.sparsity,
-        }
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)  # the Trainer has copied `logs` there before this event
+        """Log γ, α, the share of scalars dropped in this step, the sparsity the model would ship with, and churn."""
+        if logs is not None and self.sparsifier is not None and self.sparsifier.groups and "loss" in logs:
+            self._log.add(logs, state, self.sparsifier)
 
     def on_train_end(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
@@ -220,7 +217,8 @@ class TargetedDropoutCallback(TrainerCallback):
         hf_state.load_best(args, state, sparsifier)
         sparsifier.set_progress(1.0)
         report = sparsifier.report()
-        logger.info(f"targeted dropout zeroed {report.sparsity:.1%} of {report.elements:,} targeted scalars\n{report}")
+        end = self._ramp.in_steps(state.max_steps, self._per_epoch)[1] if sparsifier.recipe.ramps else 0
+        logger.info(self._log.summary(report, end, state))
         if self._squash:
             sparsifier.squash_mask()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from td_plugin.churn import Change, Churn
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.holding import Held
@@ -148,6 +149,10 @@ class Steps(ABC):
         candidates = [Held.of(target.candidates()) for target in self._targets]  # all before the first changes
         for target, held in zip(self._targets, candidates, strict=True):
             target.hold(held)
+
+    def change(self, churn: Churn) -> Change | None:
+        """What has become of the candidates since the last look of `churn`."""
+        return churn.look(self._targets)
 
     def release(self) -> None:
         """End `hold`: the next `step()` ranks and draws again, with the γ and α of the last `set_progress`."""

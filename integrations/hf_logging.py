@@ -1,0 +1,92 @@
+"""What a run of the Trainer says about its pruning: in every log, and in words at the end."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from td_plugin.churn import Change, Churn
+from td_plugin.report import SparsityReport
+from td_plugin.sparsifier import TargetedDropout
+
+
+class RunLog:
+    """The values of one run.
+
+    Args:
+        groups: whether the sparsity of every target is logged, too.
+
+    Attributes:
+        change: of the candidates, in the last log.
+    """
+
+    def __init__(self, groups: bool) -> None:
+        self._groups, self._churn = groups, Churn()
+        self.change: Change | None = None
+
+    def begin(self) -> None:
+        """Another run, or another model."""
+        self._churn, self.change = Churn(), None
+
+    def add(self, logs: dict[str, Any], state: TrainerState, sparsifier: TargetedDropout) -> None:
+        """Put the values of now into `logs` and into the state's history, which has a copy of them already."""
+        values = self._values(sparsifier)
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def _values(self, sparsifier: TargetedDropout) -> dict[str, float]:
+        groups, report = sparsifier.groups, sparsifier.report()
+        values = {
+            "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
+            "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
+            "td_dropped": report.dropped_share,
+            "td_sparsity": report.sparsity,
+        }
+        self.change = sparsifier.change(self._churn) or self.change
+        if self.change is not None:
+            values |= {"td_churn": self.change.churn, "td_survival": self.change.survival}
+        if self._groups:
+            values |= {f"td_sparsity/{row.tensor}": row.zeros / max(row.elements, 1) for row in report.rows}
+        return values
+
+    def summary(self, report: SparsityReport, end: int, state: TrainerState) -> str:
+        """The end of a run, in words.
+
+        Args:
+            report: of the model that ships.
+            end: the optimizer step in which the ramp ended.
+            state: of the Trainer.
+        """
+        done, planned = state.global_step, state.max_steps
+        reached = f"from step {end} on" if end < done else f"never: the ramp ends at step {end}"
+        lines = [
+            f"targeted dropout zeroed {report.sparsity:.1%} of {report.elements:,} targeted scalars",
+            f"trained {done} of {planned} steps, at the target γ {reached}",
+        ]
+        if self.change is not None:
+            lines.append(
+                f"last churn {self.change.churn:.2%} of the candidates between two logs, "
+                f"{self.change.survival:.1%} of the first candidates survived"
+            )
+        return "\n".join([*lines, str(report)])
+
+
+def go_before_reporters(callback: TrainerCallback, args: TrainingArguments) -> None:
+    """Let `callback` hear of logs before TensorBoard and its like, so that they see what it adds.
+
+    To be called within an event. The Trainer puts its reporters before the callbacks that it is given, and tells no
+    callback where they are: the handler is that of the caller's caller.
+    """
+    handler = sys._getframe(2).f_locals.get("self")
+    if not isinstance(handler, CallbackHandler) or callback not in handler.callbacks:
+        return
+    reporters = tuple(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
+    places = [i for i, other in enumerate(handler.callbacks) if reporters and isinstance(other, reporters)]
+    if places and places[0] < handler.callbacks.index(callback):
+        others = [other for other in handler.callbacks if other is not callback]  # a new list: the old one is walked
+        handler.callbacks = [*others[: places[0]], callback, *others[places[0] :]]
