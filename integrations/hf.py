@@ -182,6 +182,13 @@ class TargetedDropoutCallback(TrainerCallback):
         if self._mask_every == "micro_batch":
             self._active().redraw()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Transformers' own callback for SIGTERM is asked before this one, and saves at the end of the step."""
+        if args.enable_jit_checkpoint:
+            self.on_step_end(args, state, control)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What the recipe remembers goes into a checkpoint that follows."""
         if self.sparsifier is not None and self.sparsifier.groups:  # an evaluation may come before or after training

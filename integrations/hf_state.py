@@ -24,7 +24,8 @@ def _states(state: TrainerState) -> dict[str, Any]:
 
 def keep(args: TrainingArguments, state: TrainerState, control: TrainerControl, sparsifier: TargetedDropout) -> None:
     """Put what `sparsifier` remembers where the next checkpoint takes it along, if one may be written now."""
-    if (control.should_save or args.save_strategy == "best") and sparsifier.remembers:
+    unannounced = args.save_strategy == "best" or args.enable_jit_checkpoint
+    if (control.should_save or unannounced) and sparsifier.remembers:
         _states(state)[_NAME] = sparsifier.state_dict()
 
 
