@@ -104,7 +104,11 @@ def words(key: int, n: int, device: torch.device) -> Tensor:
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): number i is a hash of ``key + i·φ``, so any of them can be had
     without the others, on any device, in any order.
     """
-    z = torch.arange(n, device=device).mul_(_GOLDEN).add_(key)
+    return mixed(torch.arange(n, device=device).mul_(_GOLDEN).add_(key))
+
+
+def mixed(z: Tensor) -> Tensor:
+    """`z`, int64, hashed entry by entry, in place: every bit of the result depends on all bits of the entry."""
     for shift, factor in _ROUNDS:
         z = z.bitwise_xor_(_shifted(z, shift)).mul_(factor)
     return z.bitwise_xor_(_shifted(z, _LAST_SHIFT))

@@ -78,6 +78,10 @@ class Ranking:
             return self._recipe.criterion(self.observer.evidence(seed)) if ready else member.parameter.detach().float()
         return self._recipe.criterion(Evidence(member.parameter.detach(), member.fqn, seed))
 
+    def mark(self) -> tuple[Tensor | None, ...]:
+        """What differs where candidates do: where the pools are cut, and for units which they are."""
+        return (*(() if self._cut is None else (self._cut.kth, self._cut.last)), self._found)
+
     def _rows(self) -> Tensor | None:
         """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None."""
         weight, known = self._members[0].parameter.detach(), self._recipe.criterion is magnitude

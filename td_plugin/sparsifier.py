@@ -47,12 +47,15 @@ class TargetedDropout(Steps, BaseSparsifier):
             does the same; in between the thresholds stay and the number of candidates drifts.
         rank_policy: of several processes: ``"shared"``: all drop the same; ``"independent"``: each draws its own masks.
             Evaluation is the same on all.
+        agree_every: of several processes: in the first step and every n-th they compare what must be the same on all,
+            and all raise if it is not; 0: never.
 
     Raises:
-        TdError: γ outside [0, 1), an unknown `eval_mask` or `rank_policy`, `refresh_every` below 1.
+        TdError: γ outside [0, 1), an unknown `eval_mask` or `rank_policy`, `refresh_every` below 1,
+            `agree_every` below 0.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the first two are options, by name only
         self,
         recipe: Recipe,
         sparsity_level: float | None = None,
@@ -61,10 +64,11 @@ class TargetedDropout(Steps, BaseSparsifier):
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
         rank_policy: RankPolicy = "shared",
+        agree_every: int = 100,
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TdError("not a recipe", got=repr(recipe), fix="for example td_plugin.recipes.targeted_weight()")
-        self._switches = Switches(seed, eval_mask, refresh_every, rank_policy)
+        self._switches = Switches(seed, eval_mask, refresh_every, rank_policy, agree_every)
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
         self._final_report: SparsityReport | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from td_plugin.agreement import agree
 from td_plugin.churn import Change, Churn
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
@@ -59,7 +60,15 @@ class Steps(ABC):
         self.micro_step = 0
         for target in self._targets:
             self.update_mask(target=target, **target.config)
+        self._agree()
         self._switches.refresh_now, self.step_count = False, self.step_count + 1
+
+    def _agree(self) -> None:
+        """Compare the processes, if there are several and it is time."""
+        every, first = self._switches.agree_every, not self._switches.agreed
+        if every and (first or self.step_count % every == 0):
+            self._switches.agreed = True
+            agree(self._targets)
 
     def redraw(self) -> None:
         """Draw anew within the current step, for the next micro-batch: the weights, so the candidates, are the same.

@@ -29,6 +29,7 @@ class Switches:
     Attributes:
         dense: masks are switched off.
         refresh_now: the next step ranks the weights anew, whatever `refresh_every` says.
+        agreed: whether the processes have been compared since this one began.
         sight: what the observers of recipes that need evidence share.
     """
 
@@ -36,8 +37,10 @@ class Switches:
     eval_mask: EvalMask = "pruned"
     refresh_every: int = 1
     rank_policy: RankPolicy = "shared"
+    agree_every: int = 100
     dense: bool = False
     refresh_now: bool = False
+    agreed: bool = False
     sight: Sight = field(default_factory=Sight)
 
     def __post_init__(self) -> None:
@@ -48,6 +51,9 @@ class Switches:
             raise TdError("unknown rank_policy", got=self.rank_policy, fix="'shared' or 'independent'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise TdError("refresh_every must be a whole number of steps", got=repr(every), fix="1: every step")
+        if isinstance(self.agree_every, bool) or not isinstance(self.agree_every, int) or self.agree_every < 0:
+            fix = "100; 0: never"
+            raise TdError("agree_every must be a whole number of steps", got=repr(self.agree_every), fix=fix)
 
     def key(self, step: int, micro_step: int, *names: str) -> int:
         """Of the draw `names` in this step; the first process always draws what one process alone would."""

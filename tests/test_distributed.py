@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from launch import Outcome, checks_of, launch
 
 import td_plugin as td
+from td_plugin.agreement import fingerprint
 
 _OUTCOMES: dict[str, list[Outcome]] = {}
 SLOW = [(module, name) for module in ("ddp",) for name in checks_of(module)]
@@ -26,3 +28,30 @@ def test_in_two_processes(module: str, name: str, tmp_path_factory: pytest.TempP
 def test_an_unknown_rank_policy_is_refused() -> None:
     with pytest.raises(td.TdError, match="rank_policy"):
         td.TargetedDropout(td.recipes.targeted_weight(), rank_policy="own")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.5])
+def test_agree_every_is_a_number_of_steps(wrong: int) -> None:
+    with pytest.raises(td.TdError, match="agree_every"):
+        td.TargetedDropout(td.recipes.targeted_weight(), agree_every=wrong)
+
+
+def test_a_fingerprint_tells_every_bit_and_every_place_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randint(0, 256, (37,), generator=generator, dtype=torch.uint8)
+    seen = {fingerprint([base]), fingerprint([base, base]), fingerprint([None, base]), fingerprint([base[:36]])}
+    for place in range(37):
+        for bit in range(8):
+            other = base.clone()
+            other[place] ^= 1 << bit
+            seen.add(fingerprint([other]))
+    swapped = 0
+    for first in range(36):
+        other = base.clone()
+        other[[first, first + 1]] = base[[first + 1, first]]
+        swapped += not torch.equal(other, base)
+        seen.add(fingerprint([other]))
+    assert len(seen) == 4 + 37 * 8 + swapped
+    assert fingerprint([base]) == fingerprint([base.clone()])
+    assert fingerprint([torch.ones(3, 5)]) != fingerprint([-torch.ones(3, 5)])
+    assert all(-(1 << 63) <= mark < 1 << 63 for mark in seen)

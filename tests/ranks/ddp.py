@@ -125,3 +125,52 @@ def the_first_process_draws_what_one_alone_would(_: Path) -> None:
         keeps.append([copy.copy(mask.keep) for _, _, mask in masks_of(model)])
     same = all(torch.equal(a, b) for a, b in zip(*keeps, strict=True))  # type: ignore[arg-type]
     assert same == (distributed.get_rank() == 0)
+
+
+def _refused(sparsifier: td.TargetedDropout, *words: str) -> None:
+    try:
+        sparsifier.step()
+    except td.TdError as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError("nothing was said")
+
+
+def a_process_that_has_come_apart_stops_all(_: Path) -> None:
+    for recipe in ("weight", "unit", "global"):
+        for policy in ("shared", "independent"):
+            model, sparsifier = _train(recipe, policy, 2)
+            if distributed.get_rank() == 1:
+                with torch.no_grad():
+                    weight = dict(model.named_parameters())["2.weight"]
+                    weight[: len(weight) // 2] *= 100
+                    weight[:, ::2] *= 1e-3
+            sparsifier.step()  # not the first, not yet the hundredth
+            sparsifier.step_count = 100
+            _refused(sparsifier, "come apart", "weight", "[1]")
+
+
+def the_tensor_that_differs_is_named(_: Path) -> None:
+    model, sparsifier = _train("weight", "shared", 2)
+    if distributed.get_rank() == 1:
+        with torch.no_grad():
+            dict(model.named_parameters())["2.weight"][3, 4] = 9.0
+            dict(model.named_parameters())["2.weight"][3, 5] = 0.0
+    sparsifier.step_count = 100
+    _refused(sparsifier, "come apart", "2.weight", "1 of")
+
+
+def other_seeds_and_other_targets_stop_all_at_once(_: Path) -> None:
+    rank = distributed.get_rank()
+    names = ["0.weight", "2.weight"]
+    for seed, chosen, words in (
+        (rank, names, ("come apart", "0.weight", "[1]")),
+        (0, [names[rank]], ("same targets", ".weight")),
+        (0, names[: 1 + rank], ("same targets", "[1, 2]")),
+    ):
+        sparsifier = td.TargetedDropout(RECIPES["weight"][0], 0.6, seed=seed)
+        sparsifier.prepare(_model(), [{"tensor_fqn": name} for name in chosen])
+        _refused(sparsifier, *words)
+    quiet = td.TargetedDropout(RECIPES["weight"][0], 0.6, seed=rank, agree_every=0)
+    quiet.prepare(_model())
+    quiet.step()
