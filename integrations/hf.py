@@ -19,7 +19,7 @@ from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.evidence import use_scaler
-from td_plugin.ramp import Ramp
+from td_plugin.ramp import Ramp, ramp_of
 from td_plugin.selection import Config
 from td_plugin.sparsifier import TargetedDropout
 from td_plugin.switches import EvalMask, RankPolicy
@@ -33,7 +33,8 @@ except ImportError as error:
 from td_plugin.integrations import hf_settings, hf_state
 from td_plugin.integrations.distillation import Distillation, Teaching
 from td_plugin.integrations.hf_logging import RunLog, go_before_reporters
-from td_plugin.integrations.hf_ramp import ramp_of, steps_of_epoch
+from td_plugin.integrations.hf_ramp import steps_of_epoch
+from td_plugin.integrations.settings import settings_of
 
 OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
 """``values of a trial -> recipe and γ``."""
@@ -159,7 +160,7 @@ class TargetedDropoutCallback(TrainerCallback):
         if scaler is not None:
             use_scaler(sparsifier, scaler)
         hf_state.resume(state, sparsifier)
-        asked = hf_settings.settings_of(sparsifier, str(self._ramp), self._mask_every, state.max_steps)
+        asked = settings_of(sparsifier, str(self._ramp), self._mask_every, state.max_steps)
         hf_settings.compare(state, asked)
         sparsifier.evaluate_at_target()
         self._per_epoch = steps_of_epoch(args, train_dataloader)

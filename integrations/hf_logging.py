@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
-from td_plugin.churn import Change, Churn
+from td_plugin.integrations.run_values import RunValues
 from td_plugin.report import SparsityReport
 from td_plugin.sparsifier import TargetedDropout
 
@@ -21,38 +21,22 @@ class RunLog:
         groups: whether the sparsity of every target is logged, too.
 
     Attributes:
-        change: of the candidates, in the last log.
+        values: what is logged.
     """
 
     def __init__(self, groups: bool) -> None:
-        self._groups, self._churn = groups, Churn()
-        self.change: Change | None = None
+        self.values = RunValues(groups)
 
     def begin(self) -> None:
         """Another run, or another model."""
-        self._churn, self.change = Churn(), None
+        self.values.begin()
 
     def add(self, logs: dict[str, Any], state: TrainerState, sparsifier: TargetedDropout) -> None:
         """Put the values of now into `logs` and into the state's history, which has a copy of them already."""
-        values = self._values(sparsifier)
+        values = self.values.of(sparsifier)
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
-
-    def _values(self, sparsifier: TargetedDropout) -> dict[str, float]:
-        groups, report = sparsifier.groups, sparsifier.report()
-        values = {
-            "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
-            "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
-            "td_dropped": report.dropped_share,
-            "td_sparsity": report.sparsity,
-        }
-        self.change = sparsifier.change(self._churn) or self.change
-        if self.change is not None:
-            values |= {"td_churn": self.change.churn, "td_survival": self.change.survival}
-        if self._groups:
-            values |= {f"td_sparsity/{row.tensor}": row.zeros / max(row.elements, 1) for row in report.rows}
-        return values
 
     def summary(self, report: SparsityReport, end: int, state: TrainerState) -> str:
         """The end of a run, in words.
@@ -68,10 +52,10 @@ class RunLog:
             f"targeted dropout zeroed {report.sparsity:.1%} of {report.elements:,} targeted scalars",
             f"trained {done} of {planned} steps, at the target γ {reached}",
         ]
-        if self.change is not None:
+        if self.values.change is not None:
             lines.append(
-                f"last churn {self.change.churn:.2%} of the candidates between two logs, "
-                f"{self.change.survival:.1%} of the first candidates survived"
+                f"last churn {self.values.change.churn:.2%} of the candidates between two logs, "
+                f"{self.values.change.survival:.1%} of the first candidates survived"
             )
         return "\n".join([*lines, str(report)])
 

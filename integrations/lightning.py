@@ -7,6 +7,7 @@ weights there carry the keys of the plain module. A resumed run continues bit fo
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +17,14 @@ from td_plugin.attachment import attached_sparsifier
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.evidence import use_scaler
+from td_plugin.integrations.run_values import RunValues
+from td_plugin.integrations.settings import changes, settings_of
+from td_plugin.ramp import Moment, Ramp, ramp_of
 from td_plugin.running import processes
 from td_plugin.selection import Config, Inputs
 from td_plugin.sparsifier import TargetedDropout
-from td_plugin.switches import EvalMask
+from td_plugin.state import LEVELS
+from td_plugin.switches import EvalMask, RankPolicy
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,23 +41,27 @@ class TargetedDropoutCallback(Callback):
     of the ramp, so `ModelCheckpoint` and early stopping judge what will ship. When `fit` ends the masks are baked in.
     Checkpoints hold dense weights: ``trainer.test(ckpt_path="best")`` with this callback prunes what it loads.
 
-    With manual optimization a step begins with the first batch after any optimizer has stepped, and a ramp needs
-    `recipe_steps` as a number. A module that the user has prepared already is adopted, with its recipe, γ and seed.
+    With manual optimization a step begins with the first batch after any optimizer has stepped, and a ramp is given in
+    steps. A module that the user has prepared already is adopted, with its recipe, γ and seed.
 
     Args:
         recipe: which method, from `td_plugin.recipes` or composed.
         sparsity_level: γ in [0, 1), as of `TargetedDropout`.
         seed: of the draws.
-        config: as of `TargetedDropout.prepare`: which tensors, with which γ and α; None takes all the recipe can drop.
+        config: as of `TargetedDropout.prepare`: which tensors, with which γ and α, by name, by pattern
+            (`td_plugin.Layers`) or by a function of the module; None takes all the recipe can drop.
         module: dotted name, within the LightningModule, of what is pruned, such as ``"model"``; names in `config` are
             relative to it. Empty: all of it.
         example_inputs: as of `TargetedDropout.prepare`: what `module` is called with, where its units must be traced.
         recipe_steps: length of the ramp of a ramping recipe: optimizer steps (int), or the share of the run (float in
             (0, 1]); None: the whole run. After the ramp γ and α stay at their targets.
+        ramp: in place of `recipe_steps`: its start, its end, and from when the mask is held (`td_plugin.Ramp`).
         mask_every: ``"micro_batch"`` draws before every forward (the paper), ``"step"`` once per optimizer step.
         eval_mask: ``"pruned"``, ``"expected"`` as of `TargetedDropout`, or ``"dense"`` to evaluate without masks.
         refresh_every: as of `TargetedDropout`: optimizer steps from one ranking of the weights to the next.
+        rank_policy: as of `TargetedDropout`: whether several processes drop the same.
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
+        log_groups: log the sparsity of every target, too.
 
     Attributes:
         sparsifier: the sparsifier, once `fit` has started.
@@ -75,27 +84,24 @@ class TargetedDropoutCallback(Callback):
         module: str = "",
         example_inputs: Inputs = None,
         recipe_steps: float | None = None,
+        ramp: Ramp | None = None,
         mask_every: Literal["micro_batch", "step"] = "micro_batch",
         eval_mask: EvalMask = "pruned",
         refresh_every: int = 1,
+        rank_policy: RankPolicy = "shared",
         squash: bool = True,
+        log_groups: bool = False,
     ) -> None:
-        length = 1.0 if recipe_steps is None else recipe_steps
-        if isinstance(length, bool) or length <= 0 or (isinstance(length, float) and length > 1):
-            raise TdError(
-                "recipe_steps must be a number of steps (int) or a share of the run in (0, 1]",
-                got=recipe_steps,
-                fix="None ramps over the whole run",
-            )
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
-        self._new = partial(
-            TargetedDropout, recipe, sparsity_level, seed=seed, eval_mask=eval_mask, refresh_every=refresh_every
-        )
+        options: dict[str, Any] = {"seed": seed, "eval_mask": eval_mask, "refresh_every": refresh_every}
+        self._new = partial(TargetedDropout, recipe, sparsity_level, rank_policy=rank_policy, **options)
         self._new()  # a wrong γ is said now, not hours later
         self._module, self._config, self._inputs = module, config, example_inputs
-        self._length, self._squash, self._redraws = length, squash, mask_every == "micro_batch"
-        self._ramp_steps = 1
+        self._ramp, self._squash, self._mask_every = ramp_of(recipe_steps, ramp), squash, mask_every
+        self._lengths: tuple[int | None, int | None] = (None, None)  # optimizer steps of the run and of an epoch
+        self._settings: dict[str, Any] = {}
+        self._values = RunValues(log_groups)
         self._drawn_for: int | None = None  # the optimizer steps done when masks were drawn for the next one
         self._saved: dict[str, Any] | None = None
         self.sparsifier: TargetedDropout | None = None
@@ -106,7 +112,7 @@ class TargetedDropoutCallback(Callback):
         """Plain data: the sparsifier's state and the optimizer step that its masks were drawn for."""
         if self.sparsifier is None or not self.sparsifier.groups:
             return {}
-        return {"sparsifier": self.sparsifier.state_dict(), "drawn_for": self._drawn_for}
+        return {"sparsifier": self.sparsifier.state_dict(), "drawn_for": self._drawn_for, "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the weights have been loaded, too."""
@@ -121,38 +127,36 @@ class TargetedDropoutCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from the checkpoint, whose weights have been loaded by now."""
         sparsifier = self._active()
+        self._lengths = _lengths(trainer, pl_module)
+        total, per_epoch = self._lengths
+        if total is not None:
+            self._ramp.warn_if_longer(total, per_epoch)
+        self._settings = settings_of(sparsifier, str(self._ramp), self._mask_every, total or 0)
+        self._values.begin()
         self._drawn_for = None
-        if not self._restore(sparsifier):
+        if self._saved is None:
             sparsifier.step_count = trainer.global_step  # a checkpoint of a run without this callback
-        if sparsifier.recipe.ramps:
-            self._ramp_steps = self._steps_of_ramp(trainer, pl_module)
-        self._set_progress(sparsifier)
+        else:
+            self._restore(sparsifier)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw for this batch; rank as well if it is the first of an optimizer step."""
         sparsifier = self._active()
         if trainer.global_step != self._drawn_for:
-            self._set_progress(sparsifier)
+            sparsifier.follow(self._moment(sparsifier))
             sparsifier.step()
             self._drawn_for = trainer.global_step
-        elif self._redraws:
+        elif self._mask_every == "micro_batch":
             sparsifier.redraw()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log γ, α, the share of scalars dropped in this step, and the sparsity the module would ship with."""
+        """Log γ, α, the share of scalars dropped in this step, the sparsity the module would ship with, and churn."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         stepped = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx + 1
         if every and stepped % every == 0 and trainer.global_step != self._drawn_for:
-            groups, report = self._active().groups, self._active().report()
-            values = {
-                "td_sparsity_level": sum(g["sparsity_level"] for g in groups) / len(groups),
-                "td_drop_rate": sum(g["drop_rate"] for g in groups) / len(groups),
-                "td_dropped": report.dropped_share,
-                "td_sparsity": report.sparsity,
-            }
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            pl_module.log_dict(self._values.of(self._active()), on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where processes have to talk for it, bake in now: when `fit` has ended the module is on the CPU."""
@@ -197,28 +201,27 @@ class TargetedDropoutCallback(Callback):
             use_scaler(sparsifier, precision.scaler)
         sparsifier.evaluate_at_target()
 
-    def _restore(self, sparsifier: TargetedDropout) -> bool:
-        saved, self._saved = self._saved, None
-        if saved is None:
-            return False
-        sparsifier.load_state_dict(saved["sparsifier"])
-        self._drawn_for = saved["drawn_for"]
-        return True
-
-    def _steps_of_ramp(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        if isinstance(self._length, int):
-            return self._length
-        total = trainer.estimated_stepping_batches
-        if not pl_module.automatic_optimization or not 0 < total < math.inf:
-            raise TdError(
-                "a ramp over a share of the run, whose length in optimizer steps is not known",
-                got="manual optimization" if not pl_module.automatic_optimization else f"{total} steps",
-                fix="recipe_steps=10_000",
+    def _restore(self, sparsifier: TargetedDropout) -> None:
+        saved, self._saved = self._saved or {}, None
+        state = dict(saved["sparsifier"])
+        changed = changes(saved["settings"], self._settings) if self._settings else []
+        if changed:
+            levels = {group["tensor_fqn"]: {key: group[key] for key in LEVELS} for group in sparsifier.groups}
+            state["groups"] = [{**group, **levels.get(group["tensor_fqn"], {})} for group in state["groups"]]
+            state["seed"] = sparsifier.seed
+        sparsifier.load_state_dict(state)
+        if changed:
+            warnings.warn(
+                "resumed with other settings than the checkpoint was trained with: "
+                f"{'; '.join(changed)}. The new ones hold from here on, so the run is not the one that was interrupted",
+                stacklevel=2,
             )
-        return math.ceil(self._length * total)
+        self._drawn_for = saved["drawn_for"]
 
-    def _set_progress(self, sparsifier: TargetedDropout) -> None:
-        sparsifier.set_progress(sparsifier.step_count / self._ramp_steps)
+    def _moment(self, sparsifier: TargetedDropout) -> Moment:
+        if self._ramp == Ramp() and not sparsifier.recipe.ramps:  # where no length is known, none is needed
+            return Moment(1.0)
+        return self._ramp.at(sparsifier.step_count, *self._lengths)
 
     def _bake(self) -> None:
         if self._squash and self.sparsifier is not None and self.sparsifier.groups:
@@ -232,3 +235,12 @@ class TargetedDropoutCallback(Callback):
                 fix="squash after training only",
             )
         return self.sparsifier
+
+
+def _lengths(trainer: Trainer, pl_module: LightningModule) -> tuple[int | None, int | None]:
+    """Optimizer steps of the run and of an epoch; None where nobody can say."""
+    if not pl_module.automatic_optimization:
+        return None, None
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else None
+    return (int(total) if 0 < total < math.inf else None), per_epoch

@@ -126,3 +126,22 @@ class Ramp:
             )
         elif freeze is not None and freeze >= total and total > 0:
             warnings.warn(f"the mask freezes at step {freeze}, the run ends at {total}: it never does", stacklevel=3)
+
+
+def ramp_of(length: float | None, ramp: Ramp | None) -> Ramp:
+    """The ramp that the two arguments of a callback say.
+
+    Raises:
+        TdError: both are given, or `length` is neither a number of steps nor a share in (0, 1].
+    """
+    if ramp is not None and length is not None:
+        raise TdError("both recipe_steps and ramp are given", got=(length, ramp), fix="leave recipe_steps out")
+    if length is None:
+        return ramp or Ramp()
+    if isinstance(length, bool) or length <= 0 or (isinstance(length, float) and length > 1):
+        raise TdError(
+            "recipe_steps must be a number of steps (int) or a share of the run in (0, 1]",
+            got=length,
+            fix="None ramps over the whole run",
+        )
+    return Ramp(end=length, unit="share" if isinstance(length, float) else "steps")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from td_plugin.sparsifier import TargetedDropout
 
 _KEYS = {"version", "recipe", "seed", "step_count", "micro_step", "enable_mask_update", "groups"}
-_LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
+LEVELS = ("sparsity_level", "drop_rate", "target_sparsity_level", "target_drop_rate", "eval_sparsity_level")
 
 
 def set_levels(groups: list[dict[str, Any]], recipe: Recipe, time: float) -> None:
@@ -38,7 +38,7 @@ def clear_levels(groups: list[dict[str, Any]]) -> None:
 
 def snapshot(sparsifier: TargetedDropout, targets: Iterable[Target]) -> dict[str, Any]:
     """What `TargetedDropout.state_dict` gives: of every target name, γ, α and what its ranking remembers, copied."""
-    groups = [{**{key: t.config[key] for key in ("tensor_fqn", *_LEVELS)}, **_remembered(t)} for t in targets]
+    groups = [{**{key: t.config[key] for key in ("tensor_fqn", *LEVELS)}, **_remembered(t)} for t in targets]
     return {
         "version": 1,
         "recipe": sparsifier.recipe.name,
@@ -77,7 +77,7 @@ def restore(targets: Iterable[Target], recipe: str, state: dict[str, Any], stric
             raise problem
         warnings.warn(str(problem), stacklevel=3)
     for name in set(saved) & set(here):
-        here[name].config.update({key: saved[name][key] for key in _LEVELS})
+        here[name].config.update({key: saved[name][key] for key in LEVELS})
         _recall(here[name], saved[name])
 
 

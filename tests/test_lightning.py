@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -143,6 +143,13 @@ def test_a_plain_checkpoint_goes_on_with_the_callback_added(tmp_path: Path) -> N
     assert silent(module.net[0].weight) == 6
 
 
+class Stops(Callback):
+    """After the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
+
+
 class Manual(Module):
     """Optimizes by itself, in every second batch."""
 
@@ -167,7 +174,7 @@ def test_manual_optimization_gives_what_accumulation_gives() -> None:
     fit(automatic, callback(recipe_steps=4))
     fit(manual, callback(recipe_steps=4), accumulate_grad_batches=1)
     assert all(torch.equal(a, b) for a, b in zip(automatic.parameters(), manual.parameters(), strict=True))
-    with pytest.raises(td.TdError, match="length in optimizer steps is not known.*recipe_steps"):
+    with pytest.raises(td.TdError, match="the length of the run is not known"):
         fit(Manual(), callback(), accumulate_grad_batches=1)
 
 
@@ -212,6 +219,29 @@ def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
         fit(Module(), other, ModelCheckpoint(tmp_path), ckpt_path=tmp_path / "half.ckpt")
 
 
+def test_resuming_with_another_level_is_said_and_holds(tmp_path: Path) -> None:
+    fit(Module(), callback(), ModelCheckpoint(tmp_path, filename="half"), Stops())
+    module, other = Module(), TargetedDropoutCallback(td.recipes.ramping_targeted_unit(0.9), 0.75, seed=3)
+    with pytest.warns(UserWarning, match="sparsity_level 0.5 -> 0.75; seed 0 -> 3"):
+        fit(module, other, ModelCheckpoint(tmp_path), ckpt_path=tmp_path / "half.ckpt")
+    assert silent(module.net[0].weight) == 9
+
+
+def test_a_frozen_mask_is_held_over_a_resume(tmp_path: Path) -> None:
+    def mine() -> TargetedDropoutCallback:
+        return TargetedDropoutCallback(td.recipes.targeted_weight(0.5), 0.5, ramp=td.Ramp(1, 2, 3, unit="steps"))
+
+    whole = Module()
+    fit(whole, mine())
+    zeros = [weight == 0 for weight in whole.draws]
+    assert not zeros[0].any() and not zeros[1].any(), "nothing goes before the ramp"
+    assert all(torch.equal(zeros[6], later) for later in zeros[6:]), "two batches a step, frozen at the third"
+    fit(Module(), mine(), ModelCheckpoint(tmp_path, filename="half"), Stops())
+    resumed = Module(seed=9)
+    fit(resumed, mine(), ModelCheckpoint(tmp_path), ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_two_callbacks_are_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         fit(Module(), callback(), callback())
@@ -229,5 +259,5 @@ def test_wrong_options_are_said() -> None:
     with pytest.raises(td.TdError, match=r"no such part.*encoder.*net"):
         fit(Module(), callback(module="encoder"))
     endless: dict[str, Any] = {"max_epochs": -1}
-    with pytest.raises(td.TdError, match="length in optimizer steps is not known"):
+    with pytest.raises(td.TdError, match="the length of the run is not known"):
         fit(Module(), callback(), **endless)

@@ -32,7 +32,7 @@ def train(cell: Cell, directory: Path, *, stop: bool = False, resume: bool = Fal
         sparsifier.prepare(accelerator.unwrap_model(wrapped))
     sparsifier.evaluate_at_target()
     scheduler = td.TargetedDropoutScheduler(sparsifier, recipe_steps=RAMP)
-    accelerator.register_for_checkpointing(scheduler, sparsifier)
+    accelerator.register_for_checkpointing(sparsifier, scheduler)
     if resume:
         accelerator.load_state(str(directory))
     model.train()

@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from loops.cells import BATCH, LEVEL, RAMP, RANK, RECIPES, STEPS, STOP, WORLD, Cell, make_model, make_optimizer, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from td_plugin.integrations.lightning import TargetedDropoutCallback
+
+
+class Stops(Callback):
+    """Ends training where the first half ends."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
 
 
 class Classifier(LightningModule):
@@ -39,10 +46,10 @@ def train(cell: Cell, directory: Path, *, stop: bool = False, resume: bool = Fal
     trainer = Trainer(
         accelerator="cpu",
         devices=WORLD,
-        max_epochs=(STOP if stop else STEPS) // STOP,
+        max_epochs=STEPS // STOP,
         accumulate_grad_batches=cell.accumulate,
         precision="bf16-mixed" if cell.bf16 else "32-true",
-        callbacks=[ours, saves] if stop or resume else [ours],
+        callbacks=[ours, *([saves] if stop or resume else []), *([Stops()] if stop else [])],
         enable_checkpointing=stop or resume,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -42,8 +42,8 @@ class Checkpoint:
             moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         ours = json.loads((directory / "td.json").read_text(encoding="utf-8"))
-        self.scheduler.load_state_dict(ours["scheduler"])
         self.sparsifier.load_state_dict(ours["sparsifier"])
+        self.scheduler.load_state_dict(ours["scheduler"])
 
 
 def train(cell: Cell, directory: Path, *, stop: bool = False, resume: bool = False) -> nn.Module:
