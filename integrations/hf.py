@@ -9,7 +9,6 @@ of the plain model.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -35,9 +34,6 @@ from td_plugin.integrations.distillation import Distillation, Teaching
 from td_plugin.integrations.hf_logging import RunLog, go_before_reporters
 from td_plugin.integrations.hf_ramp import steps_of_epoch
 from td_plugin.integrations.settings import settings_of
-
-OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
-"""``values of a trial -> recipe and γ``."""
 
 logger = logging.get_logger("td_plugin")
 
@@ -73,6 +69,8 @@ class TargetedDropoutCallback(TrainerCallback):
         squash: bake the masks in at the end; False leaves them on, for `callback.sparsifier.squash_mask()` later.
         on_trial: recipe and γ of a trial of `hyperparameter_search`, from the values of its search space by name; they
             take the place of `recipe` and `sparsity_level` there.
+        keep_zeros: train a pruned model further with its mask held: what is zero when training starts (weights or
+            units, as of the recipe) stays zero, nothing else is dropped, γ and α mean nothing.
 
     Attributes:
         sparsifier: the sparsifier, once training has started.
@@ -101,7 +99,8 @@ class TargetedDropoutCallback(TrainerCallback):
         distillation: Distillation | None = None,
         squash: bool = True,
         log_groups: bool = False,
-        on_trial: OnTrial | None = None,
+        on_trial: hf_settings.OnTrial | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         if mask_every not in ("micro_batch", "step"):
             raise TdError("unknown mask_every", got=mask_every, fix="'micro_batch' or 'step'")
@@ -111,7 +110,7 @@ class TargetedDropoutCallback(TrainerCallback):
         self._method = (recipe, sparsity_level)
         self._new(*self._method)  # a wrong γ is said now, not hours later
         self._config, self._ramp, self._squash = config, ramp_of(recipe_steps, ramp), squash
-        self._mask_every, self._on_trial = mask_every, on_trial
+        self._mask_every, self._on_trial, self._keep_zeros = mask_every, on_trial, keep_zeros
         self._teaching = None if distillation is None else Teaching(distillation)
         self.sparsifier: TargetedDropout | None = None
         self._per_epoch: int | None = None
@@ -152,6 +151,8 @@ class TargetedDropoutCallback(TrainerCallback):
         if sparsifier is None:
             sparsifier = self._asked_for(state)
             sparsifier.prepare(model, self._config)
+            if self._keep_zeros:
+                sparsifier.hold_zeros()
         elif sparsifier in _DRIVERS and _DRIVERS[sparsifier]() not in (self, None):
             raise TdError("two TargetedDropoutCallbacks drive one model", where=type(model).__name__, fix="keep one")
         _DRIVERS[sparsifier] = weakref.ref(self)

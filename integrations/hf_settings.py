@@ -7,12 +7,17 @@ read from it but the warning: what the callback is given now is what holds.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
 from td_plugin.integrations.settings import changes
+
+OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
+"""``values of a trial of hyperparameter_search, by name -> recipe and γ``."""
 
 _NAME = "td_plugin_settings"
 

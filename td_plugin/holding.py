@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,16 @@ import torch
 from torch import Tensor
 
 from td_plugin.bits import pack, unpack
+from td_plugin.contract import Granularity
 from td_plugin.errors import TdError
+from td_plugin.members import Member
 from td_plugin.memory import from_text, to_text
+
+
+def zero_groups(members: Sequence[Member], granularity: Granularity) -> Tensor:
+    """``[pools, groups]`` bool: every entry of the group is exactly zero, in all masked tensors of a target."""
+    present = [(member.parameter.detach() != 0).float() for member in members]
+    return granularity.to_groups(present, [member.slice for member in members]) == 0
 
 
 @dataclass(frozen=True, eq=False)

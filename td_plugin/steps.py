@@ -12,7 +12,7 @@ from td_plugin.agreement import agree
 from td_plugin.churn import Change, Churn
 from td_plugin.contract import Recipe
 from td_plugin.errors import TdError
-from td_plugin.holding import Held
+from td_plugin.holding import Held, zero_groups
 from td_plugin.micro_batches import Accumulation, MicroBatch
 from td_plugin.notices import warn_if_not_driven
 from td_plugin.ramp import Moment
@@ -152,10 +152,34 @@ class Steps(ABC):
         self._prepared()
         if self.held:
             return
-        self._driven = True
         for target in self._targets:
             target.forget()
-        candidates = [Held.of(target.candidates()) for target in self._targets]  # all before the first changes
+        self._hold([Held.of(target.candidates()) for target in self._targets])  # all before the first changes
+
+    def hold_zeros(self) -> None:
+        """`hold`, but of what is exactly zero: single weights, or units whose weights and biases all are.
+
+        For training a pruned model further: its zeros stay zero under any optimizer, and nothing else is dropped,
+        whatever γ says. Zeros that are to be learned, as of a layer that starts from zero, are held like all others.
+
+        Raises:
+            TdError: not prepared, a mask is held already, nothing is zero.
+        """
+        self._prepared()
+        if self.held:
+            raise TdError("the mask is held already", fix="call release() first")
+        zeros = [zero_groups(target.members, self.recipe.granularity) for target in self._targets]
+        if not any(bool(found.any()) for found in zeros):
+            what = "unit" if self.recipe.granularity.kinds else "weight"
+            raise TdError(
+                f"no {what} is zero, so there is nothing to hold",
+                where=f"{len(zeros)} targets, first: {self._targets[0].name}",
+                fix="start from a pruned model, and with the granularity it was pruned with",
+            )
+        self._hold([Held.of(found) for found in zeros])
+
+    def _hold(self, candidates: list[Held]) -> None:
+        self._driven = True
         for target, held in zip(self._targets, candidates, strict=True):
             target.hold(held)
 
