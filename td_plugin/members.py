@@ -11,6 +11,7 @@ from td_plugin.bits import pack
 from td_plugin.choices import Choice
 from td_plugin.contract import Granularity
 from td_plugin.errors import TdError
+from td_plugin.sharded import home
 from td_plugin.units import Slice
 
 Holder = tuple[nn.Module, str]
@@ -42,8 +43,8 @@ class Member:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The dense tensor."""
-        parameter = self.module._parameters.get(self.slice.tensor)
+        """The dense tensor; where it is sharded, as it lies between forwards."""
+        parameter = home(self.module, self.slice.tensor)
         if parameter is None:
             problem = f"a {'masked' if self.masked else 'ranked'} parameter has been removed from its module"
             raise TdError(problem, where=self.fqn, fix="squash first")

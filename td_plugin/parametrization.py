@@ -20,6 +20,7 @@ from td_plugin.hooks import unhook
 from td_plugin.mask import TensorMask
 from td_plugin.masked_view import masked_view
 from td_plugin.remaking import Remaking
+from td_plugin.sharded import home, move_out, reshard
 
 _STATE = "_td_masks"
 
@@ -151,6 +152,7 @@ def attach(module: nn.Module, name: str, mask: TensorMask) -> None:
 def detach(module: nn.Module) -> None:
     """Take all masks off `module` and give it back its class; parameters keep their dense values."""
     module.__class__ = module.__dict__.pop(_STATE).base
+    move_out(module)
 
 
 def masks_of(model: nn.Module) -> list[tuple[nn.Module, str, TensorMask]]:
@@ -198,9 +200,10 @@ def bake(model: nn.Module, settled: bool = False) -> int:
     keeps = [mask.source.keep_mask(mask) for _, _, mask in found]
     with torch.no_grad():
         for (module, name, mask), keep in zip(found, keeps, strict=True):
-            dense = module._parameters[name]
+            dense = home(module, name)
             if dense is not None:
                 mask.write_(dense, keep)
+    reshard(list(model.modules()))
     for module in {id(module): module for module, _, _ in found}.values():
         detach(module)
     unhook(model.modules())

@@ -18,6 +18,7 @@ from td_plugin.gates.state import GateState
 from td_plugin.masks import Cut, cut
 from td_plugin.members import Member
 from td_plugin.memory import Memory
+from td_plugin.sharded import version, whole
 
 T = TypeVar("T")
 
@@ -72,23 +73,27 @@ class Ranking:
 
     def _score(self, member: Member, seed: int) -> Tensor:
         if self._recipe.criterion is magnitude and self._recipe.granularity.kinds:
-            return member.parameter.detach()  # the norm of a unit does not see signs: no copy to take them off
+            return whole(member.parameter)  # the norm of a unit does not see signs: no copy to take them off
         if self.observer is not None:
             ready = self.observer.ready
             return self._recipe.criterion(self.observer.evidence(seed)) if ready else member.parameter.detach().float()
-        return self._recipe.criterion(Evidence(member.parameter.detach(), member.fqn, seed))
+        return self._recipe.criterion(Evidence(whole(member.parameter), member.fqn, seed))
 
     def mark(self) -> tuple[Tensor | None, ...]:
         """What differs where candidates do: where the pools are cut, and for units which they are."""
         return (*(() if self._cut is None else (self._cut.kth, self._cut.last)), self._found)
 
-    def _rows(self) -> Tensor | None:
-        """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None."""
-        weight, known = self._members[0].parameter.detach(), self._recipe.criterion is magnitude
+    def _rows(self) -> tuple[Tensor, bool] | None:
+        """The weights as ``[pools, groups]`` if the compiled loops can rank them as they lie in memory, else None.
+
+        And whether pools lie there as they do in the tensor, one after the other.
+        """
+        weight, known = whole(self._members[0].parameter), self._recipe.criterion is magnitude
         learned = self.memory is not None or self.gate is not None
         if not known or not self._recipe.granularity.single or learned or not kernels.serves(weight):
             return None
-        return self._recipe.granularity.to_groups([weight], [self._members[0].slice]).contiguous()
+        rows = self._recipe.granularity.to_groups([weight], [self._members[0].slice]).contiguous()
+        return rows, rows.data_ptr() == weight.data_ptr()
 
     def _now(self, level: float, seed: int) -> tuple[object, ...]:
         """What the candidates depend on."""
@@ -103,7 +108,7 @@ class Ranking:
         if self.observer is not None and not self.learns:
             self.observer.end_step(alone=True)  # evaluation sees all that training has seen
         seen = () if self.observer is None else (self.observer.version,)
-        return (*seen, *((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters))
+        return (*seen, *(version(p) for p in parameters))
 
     @property
     def settled(self) -> bool:
@@ -134,15 +139,15 @@ class Ranking:
             level = level if self.observer.ready else 0.0
         if self._cut is not None and self._valid(level, seed, hold):
             return self._cut
-        rows = self._rows()
-        if rows is None:
+        found_rows = self._rows()
+        if found_rows is None:
             importance = self.importance(seed)
             found = kernels.cut_importances(importance, level, self._cut) or cut(importance, level)
             self._found = self._with_closed(found.candidates(importance), importance)
             if self.memory is not None and self.learns:
                 self.memory.set(self._found)
             return self._keep(found, level, seed)
-        return self._keep(self._finite(kernels.cut(rows, level, self._cut)), level, seed)
+        return self._keep(self._finite(kernels.cut(found_rows[0], level, self._cut)), level, seed)
 
     def sample(self, level: float, seed: int, hold: bool, rate: float, key: int) -> Tensor | None:
         """What the draw `key` keeps of the tensor, packed, by the compiled loops; None where they do not serve.
@@ -150,16 +155,17 @@ class Ranking:
         Raises:
             TdError: a weight is not finite.
         """
-        rows = self._rows()
-        if rows is None:
+        found_rows = self._rows()
+        if found_rows is None:
             return None
+        rows, in_place = found_rows
         if self._cut is not None and self._valid(level, seed, hold):
             kept = kernels.keep(rows, self._cut, rate, key)
         else:
             found, kept = self._finite(kernels.sample(rows, level, self._cut, rate, key))
             self._keep(found, level, seed)
         (member,) = self._members
-        if rows.data_ptr() == member.parameter.data_ptr():
+        if in_place:
             return kept  # pools lie in the tensor one after the other
         return pack(self._recipe.granularity.to_mask(unpack(kept, rows.shape), member.slice, member.parameter.shape))
 

@@ -13,6 +13,7 @@ from td_plugin.gates.state import refuse_tied
 from td_plugin.members import holders_of, members_of
 from td_plugin.observers import observer_of, refuse_unseen
 from td_plugin.pool import Together
+from td_plugin.sharded import refuse_sharded, settle_in
 from td_plugin.switches import Switches
 from td_plugin.target import Target
 from td_plugin.units import Slice
@@ -37,6 +38,11 @@ def make_targets(
     holders = holders_of(model)
     switches.sight.begin()
     members = [members_of(model, choice, holders) for choice in choices]
+    for member in (member for of_choice in members for member in of_choice):
+        parameter = member.module._parameters[member.slice.tensor]
+        refuse_sharded(recipe, member.fqn, parameter, switches.rank_policy == "shared")
+    for member in (member for of_choice in members for member in of_choice):
+        settle_in(member.module, member.slice.tensor)
     if recipe.gate is not None:
         refuse_tied(members)
     for of_choice in members:

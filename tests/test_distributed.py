@@ -12,7 +12,7 @@ import td_plugin as td
 from td_plugin.agreement import fingerprint
 
 _OUTCOMES: dict[str, list[Outcome]] = {}
-SLOW = [(module, name) for module in ("ddp",) for name in checks_of(module)]
+SLOW = [(module, name) for module in ("ddp", "fsdp") for name in checks_of(module)]
 
 
 @pytest.mark.slow
@@ -55,3 +55,14 @@ def test_a_fingerprint_tells_every_bit_and_every_place_apart() -> None:
     assert fingerprint([base]) == fingerprint([base.clone()])
     assert fingerprint([torch.ones(3, 5)]) != fingerprint([-torch.ones(3, 5)])
     assert all(-(1 << 63) <= mark < 1 << 63 for mark in seen)
+
+
+def test_parameters_of_zero_3_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    model[0].weight.ds_id = 0  # what DeepSpeed leaves on a parameter that it has taken apart
+    sparsifier = td.TargetedDropout(td.recipes.targeted_weight(), 0.5)
+    with pytest.raises(td.TdError, match=r"ZeRO-3.*0\.weight"):
+        sparsifier.prepare(model)
+    assert type(model[0]) is torch.nn.Linear
+    del model[0].weight.ds_id
+    sparsifier.prepare(model)

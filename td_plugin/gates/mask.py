@@ -14,6 +14,7 @@ from td_plugin.gates.variational import deviation
 from td_plugin.mask import Mask, MaskSource, Product, TensorMask
 from td_plugin.masking import select, zero_
 from td_plugin.members import Member
+from td_plugin.sharded import ShardedMask, is_sharded
 
 
 class _Through:
@@ -205,7 +206,8 @@ def make_masks(
     norms = [member for member in members if id(member.module) not in ranked]
     through = recipe.gradient == "all"
     return [
-        Mask(source, member.fqn, through) if state is None or (norms and member not in norms)
+        ShardedMask(source, member.fqn, member.parameter, through) if is_sharded(member.parameter)
+        else Mask(source, member.fqn, through) if state is None or (norms and member not in norms)
         else GateMask(source, member, state)
         for member in members
     ]  # fmt: skip
