@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise TdError("transformers is not installed", got=error, fix="pip install 'td-plugin[hf]'") from error
 
-from td_plugin.integrations import hf_settings, hf_state
+from td_plugin.integrations import hf_names, hf_settings, hf_state
 from td_plugin.integrations.distillation import Distillation, Teaching
 from td_plugin.integrations.hf_logging import RunLog, go_before_reporters
 from td_plugin.integrations.hf_ramp import steps_of_epoch
@@ -125,7 +125,8 @@ class TargetedDropoutCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Copy the teacher before a checkpoint is loaded into the model."""
+        """Copy the teacher before a checkpoint is loaded into the model, and see that it can be."""
+        hf_names.translate_loads(model)
         go_before_reporters(self, args)
         if self._teaching is not None:
             self._teaching.meet(model)
@@ -145,6 +146,7 @@ class TargetedDropoutCallback(TrainerCallback):
         go_before_reporters(self, args)
         self._log.begin()
         hf_settings.refuse_zero3(args)
+        hf_names.translate_loads(model, loaded=state.global_step > 0)
         if self._teaching is not None:
             self._teaching.begin(model, resumed=state.global_step > 0)
         sparsifier = attached_sparsifier(model)

@@ -72,6 +72,17 @@ def test_metrics_of_several_evaluation_sets_are_of_what_ships(tmp_path: Path) ->
 SHOWN = ("eval_a_loss", "eval_a_accuracy", "eval_b_loss", "eval_b_accuracy")
 
 
+def test_pitfall_8_checkpointed_activations_train_the_same_model(tmp_path: Path) -> None:
+    found = []
+    for option in (False, True):
+        options = {"activation_checkpointing": option, "max_steps": 3, "save_strategy": "no"}
+        trainer = make_trainer(tmp_path, make_model(), callback(0.75), **options)
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing is option
+        found.append(weights(trainer.model))
+    assert_equal(*found)
+
+
 def test_label_smoothing_goes_on_the_masked_model(tmp_path: Path) -> None:
     losses = []
     for factor in (0.0, 0.3):
