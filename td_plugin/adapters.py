@@ -8,6 +8,16 @@ from torch import nn
 
 FACTOR = "an adapter's: zeros in its factors are none in the merged weight; name it in the config to drop them"
 UNUSED = "PEFT keeps it beside the copy in modules_to_save, which is what runs"
+WRAPPED = "an adapter's delta goes past the mask of its units: merge_and_unload() first, or wrap other layers"
+
+
+def wrapped_by_peft(model: nn.Module) -> dict[str, str]:
+    """The weights of the model's own layers that adapters wrap, with why their units may be unknown."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return {}
+    found = [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
+    return {f"{name}.base_layer.weight".lstrip("."): WRAPPED for name in found}
 
 
 def added_by_peft(model: nn.Module) -> dict[str, str]:

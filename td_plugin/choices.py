@@ -80,6 +80,15 @@ def whole_layer(name: str, module: nn.Module, dim: int) -> Choice:
     return Choice((Slice(name, "weight", dim),), bias, removable=False, kind="neurons")
 
 
+def in_short(skipped: dict[str, str], most: int = 8) -> str:
+    """Why tensors are left alone, every reason once, with the first tensor that has it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    lines = ((f"{first} and {len(more)} more" if more else first, why) for why, (first, *more) in names.items())
+    return "; ".join(f"{which}: {why}" for which, why in list(lines)[:most])
+
+
 def check_once(model: nn.Module, choices: Sequence[Choice]) -> None:
     """No entry of a parameter may be masked twice.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from td_plugin.adapters import added_by_peft
+from td_plugin.adapters import added_by_peft, wrapped_by_peft
 from td_plugin.by_name import Layers
-from td_plugin.choices import Choice, check_once, mask_fault, units_of, whole_layer
+from td_plugin.choices import Choice, check_once, in_short, mask_fault, units_of, whole_layer
 from td_plugin.contract import Recipe, check_fraction
 from td_plugin.errors import TdError
 from td_plugin.given import given_structure, nearest
@@ -110,7 +110,7 @@ def _defaults(model: nn.Module, recipe: Recipe, structure: Structure | None) -> 
     if not structure.groups and not structure.fixed:
         return Selection([whole_layer(name, *layer) for name, layer in free.items()], skipped)
     choices = []
-    others = {tensor: group.reason for group in structure.fixed for tensor in group.tensors}
+    others = wrapped_by_peft(model) | {tensor: group.reason for group in structure.fixed for tensor in group.tensors}
     for group in structure.groups:
         fault = mask_fault(model, group)
         if group.kind not in recipe.granularity.kinds:
@@ -238,10 +238,9 @@ def select(
     if isinstance(config, Layers):
         selection = Selection(*config.choose(selection.choices, selection.skipped))
     if not selection.choices:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:8])
         raise TdError(
             f"nothing to prune in {type(model).__name__}",
-            got=reasons or "no Linear, Conv1d, Conv2d or Conv1D layer",
+            got=in_short(selection.skipped) or "no Linear, Conv1d, Conv2d or Conv1D layer",
             fix='name a tensor: config=[{"tensor_fqn": "..."}]',
         )
     check_once(model, selection.choices)

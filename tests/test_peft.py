@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import td_plugin as td
+from td_plugin.export import shrink
+from td_plugin.integrations.hf import TargetedDropoutCallback
 from td_plugin.integrations.peft import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
@@ -67,6 +70,13 @@ class TestTargets:
         assert "an adapter's" in report.skipped[FACTOR.format("A")]
         assert "modules_to_save" in report.skipped["base_model.model.classifier.original_module.weight"]
         assert report.skipped["base_model.model.classifier.modules_to_save.default.weight"] == "makes the logits"
+
+    def test_units_whose_layers_are_all_wrapped(self) -> None:
+        lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
+        model = get_peft_model(BertForSequenceClassification(CONFIG), lora)
+        with pytest.raises(td.TdError, match=r"more: an adapter's delta goes past the mask.*merge_and_unload") as error:
+            masked(model, recipe=td.recipes.targeted_unit())
+        assert str(error.value).count("zeros in its factors") == 1
 
     def test_a_frozen_backbone_without_adapters(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -169,6 +179,48 @@ class TestMerge:
         assert isinstance(twin.model, PeftModel)
         assert zeros(merge(twin.model).bert.encoder.layer[0].attention.self.query.weight) == 0.5
         assert zeros(dense(model, BASE)) == 0
+
+
+def rows(count: int = 12) -> list[dict[str, Tensor]]:
+    ids = torch.randint(1, 50, (count, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": (row[0] > 25).long()} for row in ids]
+
+
+def trained(out: Path, resume: bool = False) -> tuple[Trainer, TargetedDropoutCallback]:
+    recipe = td.recipes.ramping_targeted_unit()
+    callback = TargetedDropoutCallback(recipe, 0.5, recipe_steps=0.5, squash=False)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        save_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(adapted(), arguments, train_dataset=rows(), eval_dataset=rows(), callbacks=[callback])
+    with pytest.warns(UserWarning, match=r"are frozen .*peft\.merge"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-2") if resume else None)
+    return trainer, callback
+
+
+class TestTrainer:
+    def test_adapters_train_resume_merge_and_shrink(self, tmp_path: Path) -> None:
+        trainer, _ = trained(tmp_path)
+        before = dict(adapted().named_parameters())
+        after = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        changed = {name for name, p in after.items() if not torch.equal(p, before[name])}
+        assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
+        again, callback = trained(tmp_path, resume=True)
+        assert all(torch.equal(p, after[name]) for name, p in again.model.named_parameters())
+        plain = merge(again.model).eval()
+        assert callback.sparsifier is not None and not callback.sparsifier.groups
+        assert zeros(plain.bert.encoder.layer[0].intermediate.dense.weight) == 0.5
+        small = shrink(plain, round_to=1)
+        assert small.bert.encoder.layer[0].intermediate.dense.out_features == 16
+        ids = torch.stack([row["input_ids"] for row in rows()])
+        torch.testing.assert_close(small(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def stored_as(dtype: torch.dtype) -> nn.Linear:
