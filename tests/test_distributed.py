@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,14 @@ def test_parameters_of_zero_3_are_refused() -> None:
     assert type(model[0]) is torch.nn.Linear
     del model[0].weight.ds_id
     sparsifier.prepare(model)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "distributed.py"
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=200, check=True)
+    found = json.loads(done.stdout)
+    held = found["bytes of masks per process, weights"]
+    assert held["FSDP2"] * 2 == held["whole"] == 2 * 5 * 64 * 64 // 8
+    ratio = found["DDP step with weights, times one without"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
