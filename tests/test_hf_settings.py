@@ -129,3 +129,17 @@ def test_pitfall_21_zero_3_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert_equal(before, weights(trainer.model))
     trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
     hf_settings.refuse_zero3(trainer.args)
+
+
+def test_a_frozen_backbone_is_said_and_pruned_all_the_same(tmp_path: Path) -> None:
+    model = make_model()
+    for parameter in model.bert.parameters():
+        parameter.requires_grad_(False)
+    trainer = make_trainer(tmp_path, model, callback(0.75), max_steps=2, save_strategy="no")
+    before = weights(model)
+    with pytest.warns(UserWarning, match=r"4 of 4 targets are frozen.*do not learn to do without"):
+        trainer.train()
+    weight = trainer.model.get_parameter(LAYER.format(0))
+    assert float((weight == 0).all(1).float().mean()) == 0.75
+    kept = (weight != 0).any(1)
+    assert (weight[kept] == before[LAYER.format(0)][kept]).all()
