@@ -11,12 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from loops.cells import CELLS, Cell
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 LOOPS = ("trainer", "lightning", "accelerate", "plain")
-PAIRS = [(loop, processes) for loop in LOOPS for processes in (1, 2)]
+WAYS = {"alone": 1, "ddp": 2, "fsdp2": 2}
+"""Processes; DistributedDataParallel, and `fully_shard`."""
+
+NO_FSDP2_ON_CPU = {
+    "trainer": "TrainingArguments(fsdp=True) without a GPU trains with DistributedDataParallel, and does not say so",
+    "accelerate": "Accelerator(fsdp_plugin=...) without a GPU leaves the plugin out, and does not say so",
+}
+"""Loops of the matrix that cannot run there; `test_what_cannot_run_without_a_gpu` fails when that changes."""
+
+PAIRS = [(loop, way) for loop in LOOPS for way in WAYS if way != "fsdp2" or loop not in NO_FSDP2_ON_CPU]
 FAST = [Cell("weight", "fp32", 1), Cell("ramping", "bf16", 3)]
 SCRIPT = Path(__file__).parent / "loops" / "run.py"
 
@@ -50,13 +63,14 @@ def test_loops_resume_exactly_and_agree(tmp_path: Path, cell: Cell) -> None:
         assert_same(reference, resumed, f"{loop}, resumed")
 
 
-def launch(loop: str, half: str, directory: Path, processes: int) -> None:
+def launch(loop: str, half: str, directory: Path, way: str) -> None:
     """All cells in new processes, which form a gloo group where there are several."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    running = []
+    group = {"WORLD_SIZE": str(WAYS[way]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    group |= {"LOOPS_SHARDED": str(int(way == "fsdp2"))}
+    running, processes = [], WAYS[way]
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"} | group if processes > 1 else {}
         command = [sys.executable, str(SCRIPT), loop, half, str(directory)]
@@ -68,18 +82,30 @@ def launch(loop: str, half: str, directory: Path, processes: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loop", "processes"), PAIRS, ids=[f"{loop}-{processes}" for loop, processes in PAIRS])
-def test_a_new_process_ends_where_an_uninterrupted_run_ends(tmp_path: Path, loop: str, processes: int) -> None:
-    launch(loop, "first", tmp_path, processes)
-    launch(loop, "second", tmp_path, processes)
+@pytest.mark.parametrize(("loop", "way"), PAIRS, ids=[f"{loop}-{way}" for loop, way in PAIRS])
+def test_a_new_process_ends_where_an_uninterrupted_run_ends(tmp_path: Path, loop: str, way: str) -> None:
+    launch(loop, "first", tmp_path, way)
+    launch(loop, "second", tmp_path, way)
     for cell in CELLS:
         found = {
             (run, rank): load_file(tmp_path / cell.name / f"{run}-{rank}.safetensors")
             for run in ("whole", "resumed")
-            for rank in range(processes)
+            for rank in range(WAYS[way])
         }
         for key, state in found.items():
             assert_same(found["whole", 0], state, f"{cell.name}, {key}")
-        if processes == 1 and loop != "plain":
+        if way == "alone" and loop != "plain":
             reference = train("plain", cell, tmp_path / "reference")
             assert_same(reference, found["whole", 0], f"{cell.name}: {loop} and a plain loop")
+
+
+def test_what_cannot_run_without_a_gpu(tmp_path: Path) -> None:
+    """Where the libraries take another way in silence."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
+    assert arguments.distributed_state is not None
+    assert arguments.distributed_state.distributed_type != DistributedType.FSDP
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    assert accelerator.distributed_type != DistributedType.FSDP
+    AcceleratorState._reset_state()
+    assert set(NO_FSDP2_ON_CPU) == {"trainer", "accelerate"}

@@ -18,6 +18,9 @@ STEPS, STOP, BATCH, LEVEL, RAMP = 6, 3, 2, 0.5, 5
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 """Read once: Lightning takes them out of the environment when a fit ends."""
 
+SHARDED = os.environ.get("LOOPS_SHARDED") == "1"
+"""FSDP2 in place of DistributedDataParallel."""
+
 RECIPES = {
     "weight": td.recipes.targeted_weight(0.5),
     "unit": td.recipes.targeted_unit(0.5),

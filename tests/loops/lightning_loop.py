@@ -8,7 +8,23 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from loops.cells import BATCH, LEVEL, RAMP, RANK, RECIPES, STEPS, STOP, WORLD, Cell, make_model, make_optimizer, rows
+from lightning.pytorch.strategies import ModelParallelStrategy
+from loops.cells import (
+    BATCH,
+    LEVEL,
+    RAMP,
+    RANK,
+    RECIPES,
+    SHARDED,
+    STEPS,
+    STOP,
+    WORLD,
+    Cell,
+    make_model,
+    make_optimizer,
+    rows,
+)
+from loops.plain_loop import shard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -36,13 +52,18 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model)
 
+    def configure_model(self) -> None:
+        if SHARDED and self.device_mesh is not None:
+            shard(self.model, mesh=self.device_mesh["data_parallel"])
+
 
 def train(cell: Cell, directory: Path, *, stop: bool = False, resume: bool = False) -> nn.Module:
     """Train to the end, or to the stop, where a checkpoint is written; the module as it is left."""
     module = Classifier(make_model(seed=9 if resume else 0)).train()
     ours = TargetedDropoutCallback(RECIPES[cell.recipe], LEVEL, seed=7, recipe_steps=RAMP, module="model")
     saves = ModelCheckpoint(directory, filename="half", every_n_epochs=1, save_on_train_epoch_end=True)
-    options: dict[str, Any] = {"strategy": "ddp", "use_distributed_sampler": False} if WORLD > 1 else {}
+    strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1) if SHARDED else "ddp"
+    options: dict[str, Any] = {"strategy": strategy, "use_distributed_sampler": False} if WORLD > 1 else {}
     trainer = Trainer(
         accelerator="cpu",
         devices=WORLD,

@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from loops.cells import CELLS, RANK, WORLD
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 
 def main(loop: str, half: str, directory: Path) -> None:
@@ -39,7 +40,8 @@ def main(loop: str, half: str, directory: Path) -> None:
 def keep(model: torch.nn.Module, directory: Path, name: str) -> None:
     """The model that a run has ended with, of every process."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, directory / f"{name}-{RANK}.safetensors")
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, directory / f"{name}-{RANK}.safetensors")
 
 
 if __name__ == "__main__":
