@@ -15,7 +15,7 @@ import td_plugin as td
 from td_plugin.agreement import fingerprint
 
 _OUTCOMES: dict[str, list[Outcome]] = {}
-SLOW = [(module, name) for module in ("ddp", "fsdp") for name in checks_of(module)]
+SLOW = [(module, name) for module in ("ddp", "fsdp", "trainer") for name in checks_of(module)]
 
 
 @pytest.mark.slow
