@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -57,7 +58,26 @@ class RunLog:
                 f"last churn {self.values.change.churn:.2%} of the candidates between two logs, "
                 f"{self.values.change.survival:.1%} of the first candidates survived"
             )
-        return "\n".join([*lines, str(report)])
+        return "\n".join([*lines, *trends(state.log_history), str(report)])
+
+
+def trends(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How evaluation went, a line for each metric; of the model as `eval_mask` has it.
+
+    Args:
+        history: `trainer.state.log_history`.
+    """
+    timings = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name.startswith("eval_") and not name.endswith(timings) and isinstance(value, (int, float)):
+                scores.setdefault(name, []).append((entry["step"], value))
+    return [
+        f"{name}: {seen[0][1]:.4f} in step {seen[0][0]}, {seen[-1][1]:.4f} in step {seen[-1][0]}, "
+        f"from {min(v for _, v in seen):.4f} to {max(v for _, v in seen):.4f} in {len(seen)} evaluations"
+        for name, seen in scores.items()
+    ]
 
 
 def go_before_reporters(callback: TrainerCallback, args: TrainingArguments) -> None:

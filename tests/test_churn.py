@@ -17,6 +17,7 @@ from torch import nn
 import td_plugin as td
 from td_plugin.churn import Change, Churn
 from td_plugin.integrations.hf import TargetedDropoutCallback
+from td_plugin.integrations.hf_logging import trends
 
 
 def lowest(weight: NDArray[np.float32]) -> set[tuple[int, int]]:
@@ -121,3 +122,9 @@ def test_the_end_in_words(tmp_path: Path, options: dict[str, Any], line: str, ca
     (text,) = [r.getMessage() for r in caplog.records if "at the target γ" in r.getMessage()]
     assert line in text and str(hook.sparsifier.report()) in text
     assert "of the candidates between two logs" in text
+
+
+def test_the_trend_of_evaluation() -> None:
+    entries = [{"step": s, "eval_accuracy": v, "eval_runtime": 3.0} for s, v in ((2, 0.5), (4, 0.9), (6, 0.75))]
+    expected = "eval_accuracy: 0.5000 in step 2, 0.7500 in step 6, from 0.5000 to 0.9000 in 3 evaluations"
+    assert trends([{"step": 1, "loss": 0.3}, *entries]) == [expected] and trends([]) == []
