@@ -93,6 +93,7 @@ def test_a_checkpoint_without_a_record_resumes_quietly(tmp_path: Path, checkpoin
     assert kept["sparsity_level"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_new_levels_hold_where_the_checkpoint_remembers_others(tmp_path: Path) -> None:
     make_trainer(tmp_path / "a", make_model(), TargetedDropoutCallback(td.recipes.network_surgery(0.5), 0.5)).train()
     mine = TargetedDropoutCallback(td.recipes.network_surgery(0.5), 0.75, squash=False)

@@ -67,9 +67,9 @@ def test_one_event_reports_both_and_the_numbers_are_right(tmp_path: Path) -> Non
 
 
 def test_training_does_not_change_by_a_bit(tmp_path: Path) -> None:
-    twice = judged(tmp_path / "a")
+    twice = judged(tmp_path / "a", max_steps=4)
     twice.train()
-    once = judged(tmp_path / "b", cls=Trainer)
+    once = judged(tmp_path / "b", cls=Trainer, max_steps=4)
     once.train()
     assert_equal(weights(twice.model), weights(once.model))
     names = [{name: value for name, value in entry.items() if "loss" in name} for entry in once.state.log_history]

@@ -106,6 +106,7 @@ class OutOfMemory(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_pitfall_6_auto_find_batch_size_starts_again_on_the_same_masks(tmp_path: Path) -> None:
     mine = callback(0.75, squash=False)
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
@@ -144,7 +145,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "same"),
     [
-        ("surgery", False),
+        pytest.param("surgery", False, marks=SLOW),
         pytest.param("surgery", True, marks=SLOW),
         pytest.param("ramping", False, marks=SLOW),
         pytest.param("ramping", True, marks=SLOW),
@@ -212,7 +213,8 @@ class Both(SideBySide, Seq2SeqTrainer):
     """As the documentation of `SideBySide` says."""
 
 
-@pytest.mark.parametrize("cls", [pytest.param(Seq2SeqTrainer, marks=SLOW), Both])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [Seq2SeqTrainer, Both])
 def test_seq2seq_generates_with_the_pruned_model_and_resumes(tmp_path: Path, cls: type[Seq2SeqTrainer]) -> None:
     seen: list[Any] = []
 

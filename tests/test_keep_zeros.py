@@ -93,7 +93,7 @@ def test_units_are_held_whole_and_shrink_as_before(tmp_path: Path) -> None:
         assert torch.allclose(small.eval()(**batch).logits, trainer.model.eval()(**batch).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["weight", "unit"])
+@pytest.mark.parametrize("recipe", ["weight", pytest.param("unit", marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, recipe: str) -> None:
     def make(out: Path, model: nn.Module) -> Any:
         mine = TargetedDropoutCallback(RECIPES[recipe](), keep_zeros=True)
