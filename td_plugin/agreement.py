@@ -37,19 +37,31 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> int:
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def agree(targets: Sequence[Target]) -> None:
+def agree(targets: Sequence[Target], problem: TdError | None = None) -> None:
     """Compare candidates, and with shared draws the masks, over all processes, which must all call this.
 
     Cost: the bits of the masks are read once, and a number per target is gathered.
 
+    Args:
+        targets: of the sparsifier, drawn for this step.
+        problem: what has kept this process from drawing.
+
     Raises:
-        TdError: on all processes, if they differ; names the first tensor.
+        TdError: on all processes, if they differ, or if one has a problem; names the first tensor.
     """
     if processes() == 1:
+        if problem is not None:
+            raise problem
         return
     device = torch.device("cpu") if distributed.get_backend() == "gloo" else targets[0].members[0].parameter.device
-    header = torch.tensor([len(targets), draw_key(*(t.name for t in targets), targets[0].recipe.name)], device=device)
-    found = _gathered(header)
+    names = draw_key(*(t.name for t in targets), targets[0].recipe.name)
+    found = _gathered(torch.tensor([len(targets), names, problem is not None], device=device))
+    if problem is not None:
+        raise problem
+    if bool(found[:, 2].any()):
+        failed = found[:, 2].nonzero().flatten().tolist()
+        got = f"ranks {failed} raised an error, which names the tensor"
+        raise TdError("another process cannot go on", where=targets[0].name, got=got, fix="see what it says")
     if bool((found != found[0]).any()):
         raise TdError(
             "the processes do not train the same targets",

@@ -58,17 +58,17 @@ class Steps(ABC):
         if self.recipe.ramps and not self._driven and self.step_count == 1:
             warn_if_not_driven(self.recipe.name, vars(self))
         self.micro_step = 0
-        for target in self._targets:
-            self.update_mask(target=target, **target.config)
-        self._agree()
+        problem, compared = None, self._switches.compares(self.step_count)
+        try:
+            for target in self._targets:
+                self.update_mask(target=target, **target.config)
+        except TdError as error:
+            if not compared:
+                raise
+            problem = error  # other processes would wait for this one in vain
+        if compared:
+            agree(self._targets, problem)
         self._switches.refresh_now, self.step_count = False, self.step_count + 1
-
-    def _agree(self) -> None:
-        """Compare the processes, if there are several and it is time."""
-        every, first = self._switches.agree_every, not self._switches.agreed
-        if every and (first or self.step_count % every == 0):
-            self._switches.agreed = True
-            agree(self._targets)
 
     def redraw(self) -> None:
         """Draw anew within the current step, for the next micro-batch: the weights, so the candidates, are the same.

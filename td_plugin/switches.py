@@ -60,6 +60,12 @@ class Switches:
         own = rank() if self.rank_policy == "independent" else 0
         return draw_key(self.seed, step, micro_step, *names, *((f"rank {own}",) if own else ()))
 
+    def compares(self, step: int) -> bool:
+        """Whether the processes compare their masks in this step: the first of a run, and every n-th."""
+        due = bool(self.agree_every) and (not self.agreed or step % self.agree_every == 0)
+        self.agreed |= due
+        return due
+
     @contextmanager
     def off(self, targets: Iterable[Target]) -> Iterator[None]:
         """`dense` inside the block; what `targets` have derived from their weights is forgotten after it."""

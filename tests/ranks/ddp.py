@@ -160,6 +160,16 @@ def the_tensor_that_differs_is_named(_: Path) -> None:
     _refused(sparsifier, "come apart", "2.weight", "1 of")
 
 
+def one_process_that_cannot_go_on_stops_all(_: Path) -> None:
+    model, sparsifier = _train("weight", "shared", 2)
+    failing = distributed.get_rank() == 1
+    if failing:
+        with torch.no_grad():
+            dict(model.named_parameters())["2.weight"][0, 0] = torch.nan
+    sparsifier.step_count = 100
+    _refused(sparsifier, *(("NaN", "2.weight") if failing else ("another process", "[1]")))
+
+
 def other_seeds_and_other_targets_stop_all_at_once(_: Path) -> None:
     rank = distributed.get_rank()
     names = ["0.weight", "2.weight"]
