@@ -38,9 +38,11 @@ def home(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter `name` of `module` as it lies between forwards.
 
     Raises:
-        TdError: it was sharded after the masks were put on.
+        TdError: it was sharded after the masks were put on, by FSDP2 or by ZeRO-3.
     """
     parameter = module._parameters.get(name)
+    if parameter is not None:
+        refuse_zero3(name, parameter)
     homes: dict[str, nn.Parameter] = module.__dict__.get(_HOMES, {})
     if is_sharded(parameter):
         if name not in homes:
@@ -83,6 +85,21 @@ def version(parameter: Tensor) -> tuple[int, int]:
     return 0 if parameter.is_inference() else parameter._version, local(parameter).data_ptr()
 
 
+def refuse_zero3(where: str, parameter: Any) -> None:
+    """Refuse a parameter that DeepSpeed has taken away.
+
+    Raises:
+        TdError: it is empty between forwards.
+    """
+    if "ds_id" in vars(parameter):
+        raise TdError(
+            "ZeRO-3 takes parameters away between forwards, so they cannot be ranked",
+            where=where,
+            got=f"a parameter of DeepSpeed, here {list(parameter.shape)}",
+            fix="ZeRO stage 1 or 2, or FSDP2: torch.distributed.fsdp.fully_shard",
+        )
+
+
 def refuse_sharded(recipe: Recipe, fqn: str, parameter: Any, shared: bool) -> None:
     """Refuse what cannot be done, or not within the memory of a shard; before anything is masked.
 
@@ -90,13 +107,7 @@ def refuse_sharded(recipe: Recipe, fqn: str, parameter: Any, shared: bool) -> No
         TdError: parameters of DeepSpeed's ZeRO-3, or of a mesh with more than one dimension; a recipe that needs more
             than weights between steps; draws of each process's own.
     """
-    if "ds_id" in vars(parameter):
-        raise TdError(
-            "ZeRO-3 takes parameters away between forwards, so they cannot be ranked",
-            where=fqn,
-            got=f"a parameter of DeepSpeed, here {list(parameter.shape)}",
-            fix="ZeRO stage 1 or 2, or FSDP2: torch.distributed.fsdp.fully_shard",
-        )
+    refuse_zero3(fqn, parameter)
     if not is_sharded(parameter):
         return
     (place, *others), single = parameter.placements, not recipe.granularity.kinds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import td_plugin as td
 from td_plugin.agreement import fingerprint
 
 _OUTCOMES: dict[str, list[Outcome]] = {}
-SLOW = [(module, name) for module in ("ddp", "fsdp", "trainer") for name in checks_of(module)]
+MODULES = ["ddp", "fsdp", "trainer", *(["zero"] if find_spec("deepspeed") else [])]  # DeepSpeed is no dependency
+SLOW = [(module, name) for module in MODULES for name in checks_of(module)]
 
 
 @pytest.mark.slow
