@@ -1,10 +1,10 @@
 """What masks cost per generated token in evaluation: one decoder, masks on and off in turn.
 
-    python benchmarks/generate.py [--rounds 40] [--tokens 64] [--threads 1] [--quick]
+    python benchmarks/generate.py [--rounds 40] [--tokens 64] [--threads 1] [--small] [--quick]
 
 A decoder of Llama's kind with random weights (hidden 256, 4 layers; hidden 768, 12 layers) generates greedily from 8
-tokens, with a cache. Both sides of a pair are one model in one place of memory: its masks are on, or taken off with
-`sparsifier.dense()`, which evaluates the dense weights. "Off, again" is the same comparison where nothing differs.
+tokens, with a cache. Both sides of a pair are one model in one place of memory: its masks are on, or taken off, its modules
+of their own classes. "Off, again" is the same comparison where nothing differs.
 Prints the median of the pairs' ratios with its 95 % bootstrap interval.
 """
 
@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import torch
 from overhead_measure import compared
+from overhead_one_copy import masks_off
 from overhead_report import machine
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,7 +55,7 @@ def measure(hidden: int, layers: int, recipe: str, args: argparse.Namespace) -> 
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in tqdm(range(args.rounds + 2), desc=f"{recipe}, {hidden} x {layers}", file=sys.stderr):
         for side in shuffle.sample(SIDES, len(SIDES)):
-            with nullcontext() if side == "on" else sparsifier.dense():
+            with nullcontext() if side == "on" else masks_off(model):
                 # What a change of mode costs is paid once per evaluation, not per token.
                 model(start)
                 with torch.no_grad():
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--small", action="store_true", help="the small decoder only")
     parser.add_argument("--quick", action="store_true", help="the small decoder, 3 rounds of 8 tokens")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -81,7 +83,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine("cpu").items()))
     print("\n| decoder | masks | ms per token, off | on over off [95 %] | off, again, over off [95 %] |")
     print("| --- | --- | --- | --- | --- |")
-    for hidden, layers in SHAPES[:1] if args.quick else SHAPES:
+    for hidden, layers in SHAPES[:1] if args.quick or args.small else SHAPES:
         for recipe in RECIPES:
             seconds = measure(hidden, layers, recipe, args)
             rows = [compared(seconds[side], seconds["off"]) for side in ("on", "off, again")]

@@ -27,6 +27,7 @@ import transformers
 from overhead_measure import Setting, compared, in_turn
 from overhead_report import machine
 from overhead_rows import ALPHA, GAMMA, ROWS, Variant
+from torch import nn
 
 from td_plugin.files import staged_file
 from td_plugin.parametrization import masks_of
@@ -36,9 +37,9 @@ MASKS = "_td_masks"
 
 
 @contextmanager
-def masks_off(variant: Variant) -> Iterator[None]:
+def masks_off(model: nn.Module) -> Iterator[None]:
     """The plain model inside the block: its modules' own classes, no masks."""
-    masked = list(dict.fromkeys(module for module, _, _ in masks_of(variant.model)))
+    masked = list(dict.fromkeys(module for module, _, _ in masks_of(model)))
     states = [(module, type(module), module.__dict__.pop(MASKS)) for module in masked]
     for module, _, state in states:
         module.__class__ = state.base
@@ -61,7 +62,7 @@ def sides(setting: Setting, variant: Variant, *, training: bool) -> dict[str, Ca
             variant.forward(**batch)
 
     def off(batch: dict[str, Any]) -> None:
-        with masks_off(variant), patch.object(variant, "begin", lambda: None):
+        with masks_off(variant.model), patch.object(variant, "begin", lambda: None):
             step(batch)
 
     return {"on": step, "off": off, "off, again": off}

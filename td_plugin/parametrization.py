@@ -83,6 +83,12 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         masks: _ModuleMasks = self.__dict__[_STATE]
+        if not self.training and not masks.draws_outputs and not torch.is_grad_enabled():
+            masks.inside_forward += 1  # nothing is saved for a backward: `generate` comes here for every token
+            try:
+                return base.forward(self, *args, **kwargs)
+            finally:
+                masks.inside_forward -= 1
         if len(args) == 1 and (is_linear or masks.draws_outputs):
             done = _by_other_means(base, self, masks, args[0])
             if done is not None:

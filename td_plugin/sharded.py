@@ -41,6 +41,8 @@ def home(module: nn.Module, name: str) -> nn.Parameter | None:
         TdError: it was sharded after the masks were put on, by FSDP2 or by ZeRO-3.
     """
     parameter = module._parameters.get(name)
+    if type(parameter) is nn.Parameter and _HOMES not in module.__dict__ and "ds_id" not in parameter.__dict__:
+        return parameter  # neither FSDP nor DeepSpeed: asked once per layer and token
     if parameter is not None:
         refuse_zero3(name, parameter)
     homes: dict[str, nn.Parameter] = module.__dict__.get(_HOMES, {})
@@ -82,7 +84,8 @@ def local(parameter: Any) -> Tensor:
 
 def version(parameter: Tensor) -> tuple[int, int]:
     """What changes when `parameter` is written to; of a DTensor the count is its own, not that of what it holds."""
-    return 0 if parameter.is_inference() else parameter._version, local(parameter).data_ptr()
+    held = parameter if type(parameter) is nn.Parameter else local(parameter)  # asked for every layer and token
+    return 0 if parameter.is_inference() else parameter._version, held.data_ptr()
 
 
 def refuse_zero3(where: str, parameter: Any) -> None:
