@@ -3,9 +3,9 @@
     python benchmarks/generate.py [--rounds 40] [--tokens 64] [--threads 1] [--small] [--quick]
 
 A decoder of Llama's kind with random weights (hidden 256, 4 layers; hidden 768, 12 layers) generates greedily from 8
-tokens, with a cache. Both sides of a pair are one model in one place of memory: its masks are on, or taken off, its modules
-of their own classes. "Off, again" is the same comparison where nothing differs.
-Prints the median of the pairs' ratios with its 95 % bootstrap interval.
+tokens, with a cache. Both sides of a pair are one model in one place of memory: its masks are on, or taken off, its
+modules of their own classes. "Off, again" is the same comparison where nothing differs. Prints the
+median of the pairs' ratios with its 95 % bootstrap interval.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ parameters, `state_dict`, strict loads, `tie_weights` and deep copies are those 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -23,6 +24,7 @@ from td_plugin.remaking import Remaking
 from td_plugin.sharded import home, move_out, reshard
 
 _STATE = "_td_masks"
+_NOTHING = nullcontext()
 
 
 class _ModuleMasks:
@@ -83,19 +85,15 @@ def _make_masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         masks: _ModuleMasks = self.__dict__[_STATE]
-        if not self.training and not masks.draws_outputs and not torch.is_grad_enabled():
-            masks.inside_forward += 1  # nothing is saved for a backward: `generate` comes here for every token
-            try:
-                return base.forward(self, *args, **kwargs)
-            finally:
-                masks.inside_forward -= 1
-        if len(args) == 1 and (is_linear or masks.draws_outputs):
+        # Where nothing is saved for a backward the short way will do: `generate` comes here for every token.
+        short = not (self.training or masks.draws_outputs or torch.is_grad_enabled())
+        if not short and len(args) == 1 and (is_linear or masks.draws_outputs):
             done = _by_other_means(base, self, masks, args[0])
             if done is not None:
                 return done
         masks.inside_forward += 1
         try:
-            with Remaking():
+            with _NOTHING if short else Remaking():
                 return base.forward(self, *args, **kwargs)
         finally:
             masks.inside_forward -= 1
