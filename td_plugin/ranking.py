@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from td_plugin import kernels
 from td_plugin.bits import pack, unpack
@@ -18,9 +18,11 @@ from td_plugin.gates.state import GateState
 from td_plugin.masks import Cut, cut
 from td_plugin.members import Member
 from td_plugin.memory import Memory
-from td_plugin.sharded import version, whole
+from td_plugin.sharded import is_sharded, version, whole
 
 T = TypeVar("T")
+Seen = tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int, int]
+"""Where a parameter is held, its name there, itself, its version and its place in memory."""
 
 
 class Ranking:
@@ -45,11 +47,36 @@ class Ranking:
         self._cut: Cut | None = None
         self._found: Tensor | None = None
         self._key: tuple[object, ...] | None = None
+        self._seen: list[Seen] | None = None
         self.generation = 0
 
     def expire(self) -> None:
         """Find the candidates anew when they are next needed."""
-        self._key = None
+        self._key = self._seen = None
+
+    def unchanged(self) -> bool:
+        """Whether weights alone decide, and are what they were when candidates were found. False: ask `cut`.
+
+        `cut` finds out, too, at several times the price; this is asked for every layer and generated token.
+        """
+        if self._key is None or self._seen is None:
+            return False
+        for parameters, name, parameter, count, place in self._seen:
+            if parameters.get(name) is not parameter or parameter._version != count or parameter.data_ptr() != place:
+                return False
+        return True
+
+    def _look(self) -> list[Seen] | None:
+        """What `unchanged` compares with; None where more than plain weights decides, and in training: they change."""
+        if self.learns or self.gate is not None or self.observer is not None or self.memory is not None:
+            return None
+        seen: list[Seen] = []
+        for member in self._members:
+            parameters, name, parameter = member.module._parameters, member.slice.tensor, member.parameter
+            if parameters.get(name) is not parameter or is_sharded(parameter) or parameter.is_inference():
+                return None
+            seen.append((parameters, name, parameter, *version(parameter)))
+        return seen
 
     @torch.no_grad()
     def importance(self, seed: int) -> Tensor:
@@ -119,7 +146,7 @@ class Ranking:
         return self._key is not None and (hold or self._key == self._now(level, seed))
 
     def _keep(self, found: Cut, level: float, seed: int) -> Cut:
-        self._cut, self._key = found, self._now(level, seed)
+        self._cut, self._key, self._seen = found, self._now(level, seed), self._look()
         self.generation += 1
         return found
 

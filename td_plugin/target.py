@@ -23,6 +23,9 @@ from td_plugin.pool import Together
 from td_plugin.ranking import Ranking
 from td_plugin.switches import Switches
 
+LEVELS = ("sparsity_level", "eval_sparsity_level", "drop_rate", "target_drop_rate")
+"""What schedulers and users write into the config of a target."""
+
 
 class Target:
     """Ranks the groups of its members, draws which candidates are dropped, and keeps their masks up to date.
@@ -46,6 +49,7 @@ class Target:
         self.place, self.together = 0, cast("Together | None", None)
         self.memory = Memory() if recipe.regrowth < 1 else None
         self.held: Held | None = None
+        self._settled_at: tuple[object, ...] = ()
         # Two, because evaluation must not move the thresholds of training.
         self._sampled = Ranking(recipe, ranked, self.memory, learns=True)
         self._shipped = Ranking(recipe, ranked, self.memory, learns=False)
@@ -119,7 +123,11 @@ class Target:
         """Bring the shipped candidates up to date; the result changes whenever they are found anew."""
         if self.held is not None:
             return -id(self.held)
-        self._shipped.cut(self.gamma(False), self.switches.seed)
+        # What has been compared once need not be computed again: a token asks this of every layer.
+        levels = (*map(self.config.get, LEVELS), self.switches.eval_mask, self.switches.seed)
+        if levels != self._settled_at or self.together is not None or not self._shipped.unchanged():
+            self._shipped.cut(self.gamma(False), self.switches.seed)
+            self._settled_at = levels
         return self._shipped.generation
 
     def expire(self, training: bool = False) -> None:
