@@ -17,6 +17,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
@@ -106,7 +107,7 @@ def mask_bytes(width: int, recipe: str, sharded: bool) -> int:
 def work(rank: int, processes: int, port: int, width: int, steps: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    distributed.init_process_group("gloo", rank=rank, world_size=processes, timeout=timedelta(minutes=2))
     result: dict[str, object] = {"processes": processes, "width": width, "layers": LAYERS, "batch": BATCH}
     for recipe in RECIPES:
         result[f"DDP step with {recipe}, times one without"] = ratios(width, steps, recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -411,7 +412,10 @@ def _scores(name: str, rank: int | None) -> dict[str, Tensor]:
 
 def _rank(rank: int, path: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    meet = f"file://{path}/meet"
+    torch.distributed.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     save_file({key: s for name in SHARED for key, s in _scores(name, rank).items()}, f"{path}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 

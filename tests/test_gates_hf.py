@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,9 @@ def _process(rank: int, world: int, port: int, out: str) -> None:
     trained = model
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
-        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+        torch.distributed.init_process_group(
+            "gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
         trained = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

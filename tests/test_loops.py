@@ -76,7 +76,11 @@ def launch(loop: str, half: str, directory: Path, way: str) -> None:
         command = [sys.executable, str(SCRIPT), loop, half, str(directory)]
         with (directory / f"{half}-{rank}.log").open("w") as log:  # the child keeps its own handle
             running.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log))
-    codes = [process.wait(timeout=280) for process in running]
+    try:
+        codes = [process.wait(timeout=140) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     texts = [(directory / f"{half}-{rank}.log").read_text()[-3000:] for rank in range(processes)]
     assert codes == [0] * processes, "\n\n".join(texts)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(loop: str, half: str, directory: Path) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if WORLD > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     train = import_module(f"loops.{loop}_loop").train
     for cell in CELLS:
         here = directory / cell.name
