@@ -127,7 +127,11 @@ def _linear(module: nn.Module, masks: _ModuleMasks, x: Tensor) -> Tensor | None:
     if bias is None or (len(of_bias) == 1 and of_bias[0].plain):
         keep_bias = keep.flatten() if bias is None else of_bias[0].keep_of(bias, module.training)
         if masked_linear.silences(dense, keep, keep_bias):
-            return masked_linear.silenced_linear(x, dense, keep, bias)
+            if masked_linear.spares(x, dense, keep):
+                return masked_linear.sparing_linear(x, dense, keep, bias)
+            return masked_linear.silenced_linear(x, dense, keep, bias) if masked_linear.exact(x, dense) else None
+    if not masked_linear.exact(x, dense):
+        return None
     return masked_linear.masked_linear(x, dense, keep, module.bias)  # type: ignore[arg-type]
 
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import td_plugin as td
 from td_plugin import kernels, mask, masking, remaking
+from td_plugin import masked_linear as masked_linear_module
 from td_plugin.bits import flags_of, pack
-from td_plugin.masked_linear import masked_linear, silenced_linear, silences
+from td_plugin.masked_linear import masked_linear, silenced_linear, silences, spares, sparing_linear
 from td_plugin.parametrization import masks_of
 
 RECIPES = [td.recipes.targeted_weight(0.66), td.recipes.targeted_unit(0.66)]
@@ -249,3 +250,76 @@ class TestSilencedLinear:
         masks = {name: mask.keep for module, name, mask in masks_of(model) if module is layer}
         weight_keep, bias_keep = masks["weight"], masks["bias"]
         assert weight_keep is not None and silences(layer.weight, weight_keep, bias_keep)
+
+
+class TestSparingLinear:
+    """Large layers on CPU leave out the outputs that are dropped."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("transposed", [True, False])
+    def test_equals_the_masked_weight(self, bias: bool, transposed: bool) -> None:
+        torch.manual_seed(0)
+        layer, keep = nn.Linear(24, 10, bias=bias).double(), torch.rand(10, 1) < 0.6
+        x = torch.randn(7, 3, 24, dtype=torch.double, requires_grad=True)
+        given, out = x.transpose(0, 1) if transposed else x, torch.randn(7, 3, 10, dtype=torch.double)
+        out = out.transpose(0, 1) if transposed else out
+        tensors = [x, *layer.parameters()]
+        value = sparing_linear(given, layer.weight, keep, layer.bias)
+        found = torch.autograd.grad(value, tensors, out)
+        masked = linear(given, layer.weight * keep, layer.bias * keep.flatten() if bias else None)
+        expected = torch.autograd.grad(masked, tensors, out)
+        assert torch.allclose(value, masked, atol=1e-13)
+        assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, expected, strict=True))
+        assert (value[..., ~keep.flatten()] == 0).all() and (found[1][~keep.flatten()] == 0).all()
+
+    def test_second_derivatives(self) -> None:
+        torch.manual_seed(0)
+        weight, bias, keep = torch.randn(4, 5).double(), torch.randn(4).double(), torch.tensor([[True], [False]] * 2)
+        inputs = [value.requires_grad_() for value in (torch.randn(3, 5).double(), weight, bias)]
+        assert torch.autograd.gradgradcheck(lambda x, w, b: sparing_linear(x, w, keep, b).tanh(), inputs)
+
+    def test_autocast_is_heeded(self) -> None:
+        torch.manual_seed(0)
+        layer, keep, x = nn.Linear(64, 48), torch.rand(48, 1) < 0.5, torch.randn(40, 64, requires_grad=True)
+        tensors = [x, *layer.parameters()]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = sparing_linear(x, layer.weight, keep, layer.bias)
+            masked = linear(x, layer.weight * keep, layer.bias * keep.flatten())
+        assert value.dtype == masked.dtype == torch.bfloat16
+        assert torch.allclose(value, masked, rtol=0.02, atol=0.02)
+        out = torch.randn(40, 48).bfloat16()
+        found, expected = (torch.autograd.grad(each, tensors, out) for each in (value, masked))
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype == torch.float32
+            assert torch.allclose(one, other, rtol=0.05, atol=0.1)
+
+    def test_it_is_taken_where_it_costs_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        few, many, x = torch.rand(256, 1) < 0.9, torch.rand(256, 1) < 0.5, torch.randn(64, 256)
+        assert spares(x, torch.empty(256, 256), many)
+        assert not spares(x, torch.empty(256, 256), few)
+        assert not spares(x, torch.empty(256, 256), torch.zeros(256, 1, dtype=torch.bool)), "nothing would be left"
+        assert not spares(x[:8], torch.empty(256, 256), many), "few rows"
+        assert not spares(torch.randn(64, 32), torch.empty(256, 32), many), "a small layer"
+        assert not spares(x.to("meta"), torch.empty(256, 256, device="meta"), many)
+
+        def losses(large: int) -> list[float]:
+            monkeypatch.setattr(masked_linear_module, "LARGE", large)
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 2)).double()
+            sparsifier = td.TargetedDropout(td.recipes.targeted_unit(0.9), 0.75)
+            sparsifier.prepare(model)
+            optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+            for _ in range(8):
+                sparsifier.step()
+                loss = model(torch.randn(64, 12, dtype=torch.double)).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(float(loss.detach()))
+            return found
+
+        plain, calls = losses(1 << 40), []
+        taken = masked_linear_module.sparing_linear
+        monkeypatch.setattr(masked_linear_module, "sparing_linear", lambda *args: calls.append(1) or taken(*args))
+        assert losses(1) == pytest.approx(plain, rel=1e-10)
+        assert len(calls) == 16  # two layers lose more than half of their outputs in every step
