@@ -180,14 +180,15 @@ def _room(rows: Tensor) -> Tensor:
     return torch.empty(bits.size(rows.numel()), dtype=torch.uint8)
 
 
-def select(values: Tensor, kept: Tensor) -> Tensor:
+def select(values: Tensor, kept: Tensor, out: Tensor | None = None) -> Tensor:
     """`values` where `kept`, else 0: ``torch.where(kept, values, 0)`` in one pass.
 
     Args:
         values: one that `serves`.
         kept: `bits.pack` of as many flags.
+        out: of the shape and type of `values`, contiguous, to be written to; None: new memory.
     """
-    out = torch.empty_like(values)
+    out = torch.empty_like(values) if out is None else out
     run("SELECT", values, Job(kept, out))
     return out
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from td_plugin.masking import select, zero_
+from td_plugin.masking import select, select_briefly, zero_
 
 SPARED = 0.3
 """The share of outputs from which on leaving them out costs less than computing and zeroing them (measured at
@@ -164,7 +164,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, keep)
-        return linear(x, select(keep, weight), bias)
+        return linear(x, select_briefly(keep, weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, Tensor | None]:
@@ -172,7 +172,10 @@ class _MaskedLinear(torch.autograd.Function):
         grad = grads[0]
         # As rows, since the products of torch's own backward are of these.
         row_grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        of_x = (row_grad @ select(keep, weight)).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            again = torch.is_grad_enabled()  # a gradient of gradients is taken
+            of_x = (row_grad @ (select if again else select_briefly)(keep, weight)).view(x.shape)
         of_weight = row_grad.t() @ rows
         if torch.is_grad_enabled():
             of_weight = select(keep, of_weight)
