@@ -1,6 +1,7 @@
 """What a process holds at the highest point of its training steps: the whole model, or its shard under FSDP2.
 
-    python benchmarks/sharded_memory.py [--processes 2] [--width 4096] [--layers 8] [--steps 3] [--quick]
+    python benchmarks/sharded_memory.py [--processes 2] [--width 4096] [--layers 8] [--steps 3]
+                                        [--masks none weights units] [--quick]
 
 Stacks of square `nn.Linear` in float32 on CPU over gloo, AdamW, 64 rows a step. Every case runs in new processes:
 without masks, with weights, with units; whole (DistributedDataParallel) and sharded (`fully_shard` on every layer).
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--masks", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--quick", action="store_true", help="a small model")
     options = parser.parse_args()
     if options.quick:
@@ -103,7 +105,7 @@ def main() -> None:
     weights = options.layers * options.width**2
     print(f"{weights:,} float32 weights, {options.processes} processes, torch {torch.__version__}\n")
     print("| masks | whole, MB per process | FSDP2, MB per process | FSDP2 over whole |\n| --- | --- | --- | --- |")
-    for recipe in RECIPES:
+    for recipe in options.masks:
         whole, shard = (peak(options, recipe, sharded) for sharded in (False, True))
         print(f"| {recipe} | {whole / 1e6:,.0f} | {shard / 1e6:,.0f} | {shard / whole:.2f} |", flush=True)
 

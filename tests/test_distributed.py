@@ -82,3 +82,12 @@ def test_the_benchmark_runs() -> None:
     assert held["FSDP2"] * 2 == held["whole"] == 2 * 5 * 64 * 64 // 8
     ratio = found["DDP step with weights, times one without"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_memory_runs() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "sharded_memory.py"
+    command = [sys.executable, script, "--quick", "--steps", "1", "--masks", "weights"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    name, whole, sharded, _ = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert name == "weights" and int(whole) > 0 and int(sharded) > 0
