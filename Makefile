@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench setup clean
+.PHONY: demo test test-slow lint bench results setup clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/latency.py
+
+# Tables and plots of docs/results/ from the numbers that lie there; measures nothing.
+results: $(STAMP)
+	$(VENV)/bin/python benchmarks/results.py
 
 clean:
 	rm -rf build dist *.egg-info

@@ -22,9 +22,10 @@ def write(works: list[Any], command: str, args: argparse.Namespace) -> str:
     """Write all files, from what has been measured so far; the Markdown."""
     models = {work.subject.name: found for work in works if (found := collected(work)) is not None}
     found = {"command": command, "quick": args.quick, "models": models}
+    found = rounded(found)  # so that the tables can be made again from the file
     text = markdown(found)
     with staged_file(args.output / "deploy.json") as path:
-        path.write_text(json.dumps(rounded(found)) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     with staged_file(args.output / "deploy.md") as path:
         path.write_text(text, encoding="utf-8")
     for name, model in models.items():
@@ -35,11 +36,11 @@ def write(works: list[Any], command: str, args: argparse.Namespace) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits of every number: no clock here knows more."""
+    """Four digits of every number but accuracies, which are counts: no clock here knows more."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {name: rounded(entry) for name, entry in value.items()}
+        return {name: entry if name == "accuracy" else rounded(entry) for name, entry in value.items()}
     return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 

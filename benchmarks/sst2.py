@@ -184,6 +184,8 @@ def accuracy_table(runs: list[dict[str, Any]]) -> str:
     ]
     for level in LEVELS:
         targeted = [run for run in runs if run["method"] == f"targeted-{level}"]
+        if not targeted:
+            continue
         cells = [
             f"{level:.0%}",
             _mean([run[f"magnitude_{level}"] for run in dense]),

@@ -199,7 +199,8 @@ def report(task: Task, args: argparse.Namespace) -> None:
 
     latency = json.loads((task.output / "latency.json").read_text(encoding="utf-8"))
     dense, found = ([judged(run_) for run_ in group] for group in (teachers(task), chosen(task, args)))
-    print(write(args.name, dense, found, latency, args.results))
+    conditions = {"title": args.title, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+    print(write(args.name, {**conditions, "dense": dense, "runs": found, "latency": latency}, args.results))
 
 
 def _value(text: str) -> tuple[str, Any]:
@@ -230,7 +231,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--options", type=_value, nargs="*", default=[], help="key=value, of the stage 'run'")
     parser.add_argument("--sequence", type=int, default=64, help="tokens when timed; batch 1")
     parser.add_argument("--rounds", type=int, default=200, help="of the stage 'deploy'")
-    parser.add_argument("--name", default="finetune_sst2", help="of the report's files")
+    parser.add_argument("--name", default="finetune_sst2", help="of the report's files, without suffix")
+    parser.add_argument("--title", default="SST-2, MiniLM", help="of the report's plot")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the report goes")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -78,12 +78,25 @@ def curves(dense: Sequence[Run], runs: Sequence[Run], speedups: Mapping[str, Any
     return found
 
 
-def write(name: str, dense: Sequence[Run], runs: Sequence[Run], latency: Mapping[str, Any], target: Path) -> str:
-    """Put JSON and PNG in place; the table is returned."""
-    with staged_file(target / f"{name}.json") as path:
-        path.write_text(json.dumps({"dense": dense, "runs": runs, "latency": latency}, indent=1) + "\n")
+def render(found: Mapping[str, Any], picture: Path) -> str:
+    """Draw the plot and return the table of what `write` has put into a file."""
+    dense, runs, latency = found["dense"], found["runs"], found["latency"]
     conditions = f"onnxruntime, batch 1 × {latency['sequence']} tokens, 1 thread"
-    plot_tradeoff(
-        curves(dense, runs, latency["speedups"]), target / f"{name}.png", title="SST-2, MiniLM", conditions=conditions
-    )
+    plot_tradeoff(curves(dense, runs, latency["speedups"]), picture, title=found["title"], conditions=conditions)
     return table(dense, runs, latency["speedups"])
+
+
+def write(name: str, found: Mapping[str, Any], target: Path) -> str:
+    """Put JSON, Markdown and PNG in place; the table is returned.
+
+    Args:
+        name: of the files.
+        found: `title`, `command`, `dense` and `runs` (results with their test accuracies), `latency`.
+        target: folder.
+    """
+    with staged_file(target / f"{name}.json") as path:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = render(found, target / f"{name}.png")
+    with staged_file(target / f"{name}.md") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text
