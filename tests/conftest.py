@@ -9,6 +9,8 @@ from pathlib import Path
 # Before anything imports the Hugging Face libraries, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="td-plugin-tests-")
+# torch.compile in this process: its pool of compiling processes gains nothing on two cores, and can hang.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import pytest
 import torch
