@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "reproduce"))
 
+from ablation import DRAW, PAIRS, differences, verdict
 from resnet_images import SIZE, Images, batch, standardised
 from resnet_judge import pruned
 from resnet_network import Shape, build, prunable
@@ -146,6 +147,23 @@ def test_published_numbers_and_rows_fit() -> None:
     assert correlation([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
 
 
+def test_a_difference_matters_if_it_is_more_than_its_noise() -> None:
+    pair = PAIRS[0]
+    runs = [
+        {"method": name, "seed": seed, "units": {"0.5": {"accuracy": base + seed / 100}}}
+        for name, base in ((pair.one, 0.7), (pair.other, 0.6))
+        for seed in (0, 1, 2)
+    ]
+    assert differences(runs, pair, "0.5") == pytest.approx([-10, -10, -10])
+    assert differences(runs[:5], pair, "0.5") == pytest.approx([-10, -10])  # of seeds that both have
+    assert verdict(DRAW, [[0.1, 0.2, 0.3], [-9.0, -10.0, -11.0]])[1:] == ["-10.0 ± 1.0", "yes"]
+    assert verdict(DRAW, [[-9.0, 10.0, 9.0]])[2] == "no"
+    assert verdict(DRAW, [[0.5, 0.5, 0.5]])[2] == "no"
+    assert all(ROWS[one.one].level == ROWS[one.other].level for one in PAIRS)
+    for one in PAIRS:
+        assert ROWS[one.one].level in ROWS[one.one].shares and ROWS[one.one].level in ROWS[one.other].shares
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     from datasets import Dataset, Features, Image, Value
@@ -188,3 +206,19 @@ def test_models_are_made_once_and_reported(pictures: Path, tmp_path: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.*")}
     assert call("resnet.py", "all", *budget, *data, "--methods", *methods) == text
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.*")}
+
+
+@pytest.mark.slow
+def test_variants_and_dependence_take_the_same_models(pictures: Path, tmp_path: Path) -> None:
+    output, results = tmp_path / "runs", tmp_path / "results"
+    common = ["--rows", "64", "--test-rows", "32", "--epochs", "1", "--output", str(output), "--results", str(results)]
+    common += ["--train", str(pictures), "--seeds", "0", "--jobs", "1"]
+    methods = ["none", "td-50-50", "rescaled-50-50", "unit-50-50", "unit-50-50-w"]
+    text = call("ablation.py", "all", *common, "--methods", *methods)
+    assert "| survivors rescaled, not left |" in text and "| weights: TD α 0.5 γ 0.5 |" in text
+    assert (results / "ablation_quick.png").read_bytes().startswith(b"\x89PNG")
+    text = call("dependence.py", "all", *common, "--methods", "none", "td-50-50", "td-50-75")
+    assert "| weights removed | none | TD α 0.5 γ 0.75 |" in text and "| 0.0146 |" in text
+    found = json.loads((results / "dependence_quick.json").read_text(encoding="utf-8"))
+    assert {run["method"] for run in found["runs"]} == {"none", "td-50-75"} and len(found["small"]) == 1
+    assert (results / "dependence_quick.png").read_bytes().startswith(b"\x89PNG")

@@ -48,8 +48,10 @@ def report(args: argparse.Namespace) -> str:
     return text
 
 
-def write_json(runs: Sequence[Found], args: argparse.Namespace, name: str, script: str) -> None:
-    """The numbers, with what they were made by."""
+def write_json(
+    runs: Sequence[Found], args: argparse.Namespace, name: str, script: str, more: Found | None = None
+) -> None:
+    """The numbers, with what they were made by, and `more`."""
     first = runs[0]
     once = {"settings", "machine", "commit", "tested", "device", "steps"}
     size = "full" if args.full else "quick"
@@ -60,6 +62,7 @@ def write_json(runs: Sequence[Found], args: argparse.Namespace, name: str, scrip
         "commits": sorted({run["commit"] for run in runs}),
         "seeds": seeds,
         "runs": [{key: value for key, value in run.items() if key not in once} for run in runs],
+        **(more or {}),
     }
     short = json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 6))
     with staged_file(args.results / f"{name}.json") as path:

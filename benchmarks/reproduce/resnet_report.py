@@ -32,7 +32,8 @@ def spread(numbers: Sequence[float], digits: int = 1) -> str:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def columns(runs: Sequence[Found], what: What, shares: Sequence[str], names: Sequence[str]) -> str:
@@ -136,7 +137,12 @@ def plot(runs: Sequence[Found], title: str, target: Path) -> None:
             cited = {100 * float(s): a for s, a in PUBLISHED[what].get(name, {}).items() if s in TENTHS}
             panels[1][column].plot(list(cited), list(cited.values()), **style)
         for axes, where in zip(panels[:, column], (title, "published, ResNet-32, 256 epochs, one run"), strict=True):
-            axes.set(title=f"{what}: {where}", xlabel=f"{what} removed after training, %", ylabel="test accuracy, %")
+            axes.set(
+                title=f"{what}: {where}",
+                xlabel=f"{what} removed after training, %",
+                ylabel="test accuracy, %",
+                ylim=(0, 100),
+            )
             axes.grid(color="#e0e0e0", linewidth=0.7)
             axes.legend(frameon=False, fontsize=8, loc="lower left")
     with staged_file(target) as path:

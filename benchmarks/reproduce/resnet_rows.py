@@ -13,6 +13,7 @@ from td_plugin.penalties import L1
 
 ROW, UNIT = OutputRow(), Units(("channels",), "producers")
 SHARES = tuple(tenth / 10 for tenth in range(10))
+JUDGED = (*SHARES, 0.75, 0.99)  # every γ that something is trained with
 HIGH = (0.95, 0.96, 0.97, 0.98, 0.985, 0.986, 0.987, 0.988, 0.989, 0.99, 0.991, 0.992, 0.993, 0.994)
 
 Group = Literal["weights", "units", "random", "ablation", "dependence"]
@@ -55,7 +56,7 @@ class Row:
     recipe: Callable[[Strengths], td.Recipe] | None
     level: float = 0.0
     what: tuple[What, ...] = ("weights",)
-    shares: tuple[float, ...] = SHARES
+    shares: tuple[float, ...] = JUDGED
     gate: bool = False
     rescaled: float = 0.0
     only_full: bool = False
@@ -65,7 +66,7 @@ def _weight(alpha: float, gamma: float, group: Group = "weights") -> Row:
     return Row(f"TD α {alpha:g} γ {gamma:g}", group, lambda _: recipes.targeted_weight(alpha), gamma)
 
 
-def _ramping(alpha: float, gamma: float, group: Group, shares: tuple[float, ...] = SHARES) -> Row:
+def _ramping(alpha: float, gamma: float, group: Group, shares: tuple[float, ...] = JUDGED) -> Row:
     title = f"ramping TD α {alpha:g} γ {gamma:g}"
     return Row(title, group, lambda _: recipes.ramping_targeted_weight(alpha), gamma, shares=shares)
 
@@ -75,7 +76,7 @@ def _unit(alpha: float, gamma: float, draw: Literal["unit", "weight"] = "unit", 
     return Row(title, group, lambda _: recipes.targeted_unit(alpha, ("channels",), draw=draw), gamma, ("units",))
 
 
-def _ramping_unit(alpha: float, gamma: float, group: Group, shares: tuple[float, ...] = SHARES) -> Row:
+def _ramping_unit(alpha: float, gamma: float, group: Group, shares: tuple[float, ...] = JUDGED) -> Row:
     title = f"ramping TD α {alpha:g} γ {gamma:g}"
     return Row(
         title, group, lambda _: recipes.ramping_targeted_unit(alpha, ("channels",)), gamma, ("units",), shares=shares
@@ -105,7 +106,7 @@ ROWS: dict[str, Row] = {
     "variational": Row("variational", "weights", lambda s: gates.variational(ROW, strength=s.variational), gate=True),
     "l1": Row("L1", "weights", lambda s: replace(recipes.magnitude(ROW), penalty=L1(s.l1), name="l1")),
     "l0": Row("L0", "weights", lambda s: gates.hard_concrete(ROW, strength=s.l0), gate=True),
-    "ramp-99-99": _ramping(0.99, 0.99, "weights", (*SHARES, *HIGH)),
+    "ramp-99-99": _ramping(0.99, 0.99, "weights", (*SHARES, 0.75, *HIGH)),
     "unit-50-50": _unit(0.5, 0.5),
     "unit-90-75": _unit(0.9, 0.75),
     "unit-ramp-99-90": _ramping_unit(0.99, 0.9, "units"),

@@ -28,7 +28,9 @@ from tqdm import tqdm
 import td_plugin as td
 from td_plugin.export.machine import machine
 from td_plugin.files import staged_file
+from td_plugin.switches import EvalMask
 
+MASKS: tuple[EvalMask, ...] = ("pruned", "expected", "dense")
 SMALL = Shape(stem=8, stem_stride=2, widths=(16, 32, 64), units=1, momentum=0.1)
 QUICK = Settings(SMALL, epochs=10, batch=64, rate=0.1, cosine=True, rows=10_240, test_rows=2_000)
 FULL = Settings(strengths=Strengths(l1=1.8e-6, l0=0.1 / 50_000, variational=0.01 / 50_000))
@@ -93,6 +95,15 @@ def make(job: Job, until: float) -> bool:
     return True
 
 
+def _judged(job: Job) -> bool:
+    """Whether there is a result at all shares of today."""
+    file, row = job.file("runs", "json"), ROWS[job.name]
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return all({f"{share:g}" for share in row.shares} <= set(found[what]) for what in row.what)
+
+
 def _train(job: Job, images: Images, file: Path, until: float) -> bool:
     start, checkpoint = time.perf_counter(), job.file("checkpoints", "safetensors")
     run = Run(job.name, job.settings, job.seed, job.device)
@@ -120,16 +131,11 @@ def verdicts(row: Row, weights: Tensors, shape: Shape, images: Images) -> Found:
     found: Found = {what: pruned(weights, shape, images, what, row.shares) for what in row.what}
     if row.recipe is not None and row.level:
         recipe = row.recipe(Strengths())
-        found["masks"] = {mask: _under(recipe, row.level, mask, weights, shape, images) for mask in td_masks()}
+        found["masks"] = {mask: _under(recipe, row.level, mask, weights, shape, images) for mask in MASKS}
     return found
 
 
-def td_masks() -> tuple[Any, ...]:
-    """What evaluation may drop: see `td_plugin.TargetedDropout`."""
-    return ("pruned", "expected", "dense")
-
-
-def _under(recipe: td.Recipe, level: float, mask: Any, weights: Tensors, shape: Shape, images: Images) -> Verdict:
+def _under(recipe: td.Recipe, level: float, mask: EvalMask, weights: Tensors, shape: Shape, images: Images) -> Verdict:
     model = build(shape, 0)
     model.load_state_dict(weights)
     sparsifier = td.TargetedDropout(recipe, level, eval_mask=mask)
@@ -147,7 +153,7 @@ def _commit() -> str:
 def run_all(jobs: list[Job], processes: int, minutes: float) -> None:
     """Make the models that have no file yet, until the time is over."""
     until = time.time() + 60 * minutes
-    missing = [job for job in jobs if not job.file("runs", "json").exists()]
+    missing = [job for job in jobs if not _judged(job)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(make, job, until) for job in missing]
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="models", file=sys.stderr, mininterval=2.0):
