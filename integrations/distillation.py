@@ -73,9 +73,14 @@ class Lesson:
         distillation: the weights of the terms.
         teacher: frozen here.
         model: the student.
+        autocast: what the student computes in, and the teacher with it; None: the type of its weights. The hooks run
+            outside of the autocast that the Trainer puts around the student.
     """
 
-    def __init__(self, distillation: Distillation, teacher: nn.Module, model: nn.Module) -> None:
+    def __init__(
+        self, distillation: Distillation, teacher: nn.Module, model: nn.Module, autocast: torch.dtype | None = None
+    ) -> None:
+        self._autocast = autocast
         self._of, self._divides = distillation, dict[str, bool]()
         self._teacher: nn.Module | None = teacher.requires_grad_(False).eval()
         self._handles = [
@@ -84,7 +89,7 @@ class Lesson:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_of": self._of, "_divides": {}, "_teacher": None, "_handles": []}
+        return {"_of": self._of, "_divides": {}, "_teacher": None, "_handles": [], "_autocast": self._autocast}
 
     def end(self) -> None:
         """Take the hooks off."""
@@ -107,7 +112,10 @@ class Lesson:
         device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if device is not None:
             teacher.to(device)
-        return teacher(*args, **kwargs)
+        if device is None or self._autocast is None:
+            return teacher(*args, **kwargs)
+        with torch.autocast(device.type, self._autocast):
+            return teacher(*args, **kwargs)
 
     def adds(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """`output` with the teacher's part in its loss.
@@ -203,8 +211,8 @@ class Teaching:
         if self._teacher is None and model is not None:
             self._teacher = dense_copy(model)
 
-    def begin(self, model: nn.Module, resumed: bool) -> None:
-        """Teach `model`.
+    def begin(self, model: nn.Module, resumed: bool, autocast: torch.dtype | None = None) -> None:
+        """Teach `model`, which computes in `autocast`.
 
         Raises:
             TdError: a resumed run whose teacher is not known.
@@ -218,7 +226,7 @@ class Teaching:
         self.end()
         self.meet(model)
         if self._teacher is not None:
-            self._lesson = Lesson(self._of, self._teacher, model)
+            self._lesson = Lesson(self._of, self._teacher, model, autocast)
 
     def end(self) -> None:
         """The model is on its own."""

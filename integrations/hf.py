@@ -148,7 +148,7 @@ class TargetedDropoutCallback(TrainerCallback):
         hf_settings.refuse_zero3(args)
         hf_names.translate_loads(model, loaded=state.global_step > 0)
         if self._teaching is not None:
-            self._teaching.begin(model, resumed=state.global_step > 0)
+            self._teaching.begin(model, state.global_step > 0, hf_settings.autocast(args))
         sparsifier = attached_sparsifier(model)
         if sparsifier is None:
             sparsifier = self._asked_for(state)

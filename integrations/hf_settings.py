@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import TrainerState, TrainingArguments
 
 from td_plugin.contract import Recipe
@@ -20,6 +21,11 @@ OnTrial = Callable[[dict[str, Any]], tuple[Recipe, float | None]]
 """``values of a trial of hyperparameter_search, by name -> recipe and γ``."""
 
 _NAME = "td_plugin_settings"
+
+
+def autocast(args: TrainingArguments) -> torch.dtype | None:
+    """The type that the Trainer has the model compute in; None: that of its weights."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def refuse_zero3(args: TrainingArguments) -> None:

@@ -176,6 +176,21 @@ def causal() -> tuple[GPT2LMHeadModel, list[dict[str, Tensor]]]:
     return GPT2LMHeadModel(config), data
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_computes_in_the_type_of_the_student(tmp_path: Path, bf16: bool) -> None:
+    model, teacher = make_model(dropout=0.0), make_model(dropout=0.0, seed=4)
+    seen: dict[str, set[torch.dtype]] = {"student": set(), "teacher": set()}
+
+    def watch(of: BertForSequenceClassification, name: str) -> None:
+        of.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *now: seen[name].add(now[2].dtype))
+
+    watch(model, "student")
+    watch(teacher, "teacher")
+    mine = callback(Distillation(teacher, logits=0.5))
+    make_trainer(tmp_path, model, mine, max_steps=2, save_strategy="no", bf16=bf16).train()
+    assert seen["student"] == seen["teacher"] == {torch.bfloat16 if bf16 else torch.float32}
+
+
 def test_a_model_that_divides_by_all_labels_of_a_step(tmp_path: Path) -> None:
     """The Trainer tells language models the number of labels of a whole step; rows are of unequal lengths here."""
     found = []

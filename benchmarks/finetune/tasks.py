@@ -111,7 +111,7 @@ class Training:
         lesson = None
         if self.teacher is not None:
             terms = Distillation(None, self.temperature, self.logits, self.hidden)
-            lesson = Lesson(terms, copy.deepcopy(self.teacher), model)
+            lesson = Lesson(terms, copy.deepcopy(self.teacher), model, torch.bfloat16)
         try:
             trainer.train()
         finally:
