@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "finetune"))
+sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 
+import ablation
+import dependence
 import deploy_plot
 import deploy_report
 import methods_report
@@ -26,6 +29,7 @@ import overhead_report
 import reading
 import refresh_report
 import report as finetune_report
+import resnet
 import scale_report
 import sst2
 
@@ -80,11 +84,14 @@ def _finetune(found: Found, picture: Path) -> str:
 
 
 RENDERS: dict[str, Render] = {
+    "ablation": ablation.render,
+    "dependence": dependence.render,
     "deploy": _deploy,
     "finetune": _finetune,
     "methods": _methods,
     "overhead": _overhead,
     "refresh": _refresh,
+    "resnet": resnet.render,
     "scale": _scale,
     "sst2": _sst2,
 }

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "reproduce"))
 
+import ablation
+import resnet
 from ablation import DRAW, PAIRS, differences, verdict
 from resnet_images import SIZE, Images, batch, standardised
 from resnet_judge import pruned
@@ -200,6 +202,8 @@ def test_models_are_made_once_and_reported(pictures: Path, tmp_path: Path) -> No
     assert td["masks"]["dense"] == pytest.approx(td["weights"]["0"], abs=1e-5)
     assert td["masks"]["pruned"] == pytest.approx(td["weights"]["0.5"], abs=1e-5)
     assert (results / "resnet_quick.png").read_bytes().startswith(b"\x89PNG")
+    written = (results / "resnet_quick.md").read_text(encoding="utf-8")
+    assert resnet.render(found, tmp_path / "again") + "\n" == written == text
     kept = load_file(output / "weights" / "random-75-seed0.safetensors")
     weight = kept["units.1.conv2.weight"].flatten(1)
     assert ((weight == 0).sum(1) == int(0.75 * weight.shape[1])).all()
@@ -217,6 +221,8 @@ def test_variants_and_dependence_take_the_same_models(pictures: Path, tmp_path: 
     text = call("ablation.py", "all", *common, "--methods", *methods)
     assert "| survivors rescaled, not left |" in text and "| weights: TD α 0.5 γ 0.5 |" in text
     assert (results / "ablation_quick.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((results / "ablation_quick.json").read_text(encoding="utf-8"))
+    assert ablation.render(found, tmp_path / "again") + "\n" == text
     text = call("dependence.py", "all", *common, "--methods", "none", "td-50-50", "td-50-75")
     assert "| weights removed | none | TD α 0.5 γ 0.75 |" in text and "| 0.0146 |" in text
     found = json.loads((results / "dependence_quick.json").read_text(encoding="utf-8"))

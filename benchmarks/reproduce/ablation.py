@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet import write_json
 from resnet_published import PUBLISHED
-from resnet_report import spread, table, values
+from resnet_report import spread, table, values, write
 from resnet_rows import ROWS, SHARES, What
 from resnet_runs import MASKS, Found, completed, finished, parser, train
 
@@ -159,17 +158,15 @@ def report(args: argparse.Namespace) -> str:
     """Write JSON, tables and plot; the tables are returned."""
     names = {*MASKED, *(name for pair in PAIRS for name in (pair.one, pair.other))}
     found = finished(args.output, args.settings, ("weights", "units", "ablation"))
-    runs = [run for run in found if run["method"] in names]
-    if not runs:
-        raise SystemExit(f"no finished runs in {args.output}")
-    name = f"ablation_{'full' if args.full else 'quick'}"
+    return write([run for run in found if run["method"] in names], args, "ablation", render)
+
+
+def render(found: Found, picture: Path) -> str:
+    """The tables, and the plot beside them, of the file that `write` leaves."""
+    runs = found["runs"]
+    plot(runs, picture.with_suffix(".png"))
     parts = ["**Which disagreement matters**", summary(runs), "**What evaluation drops** (accuracy before pruning)"]
-    text = "\n\n".join([*parts, masks(runs), "**Variants of training**", variants(runs)])
-    write_json(runs, args, name, "ablation.py")
-    with staged_file(args.results / f"{name}.md") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-    plot(runs, args.results / f"{name}.png")
-    return text
+    return "\n\n".join([*parts, masks(runs), "**Variants of training**", variants(runs)])
 
 
 def plot(runs: Sequence[Found], target: Path) -> None:
@@ -191,7 +188,8 @@ def plot(runs: Sequence[Found], target: Path) -> None:
             title=f"dashed: {question}", xlabel="removed after training, %", ylabel="test accuracy, %", ylim=(0, 100)
         )
         axes.grid(color="#e0e0e0", linewidth=0.7)
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        if pairs:
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
     with staged_file(target) as path:
         figure.savefig(path)
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resnet import write_json
-from resnet_report import spread, table
+from resnet_report import spread, table, write
 from resnet_rows import JUDGED, ROWS
 from resnet_runs import Found, completed, finished, parser, train
 
@@ -123,18 +122,15 @@ def _bars(axes: Any, found: Sequence[Found]) -> None:
 
 def report(args: argparse.Namespace) -> str:
     """Write JSON, tables and plot; the tables are returned."""
-    found = stored(args)
     runs = [r for r in finished(args.output, args.settings, ("weights", "dependence")) if r["method"] in COMPARED]
-    if not runs:
-        raise SystemExit(f"no finished runs in {args.output}")
-    name = f"dependence_{'full' if args.full else 'quick'}"
-    parts = ["**One hidden layer of 10 units**", small_table(found)] if found else []
-    text = "\n\n".join([*parts, "**The residual network, |ΔE| on the test rows**", residual_table(runs)])
-    write_json(runs, args, name, "dependence.py", {"small": found})
-    with staged_file(args.results / f"{name}.md") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-    plot(found, runs, args.results / f"{name}.png")
-    return text
+    return write(runs, args, "dependence", render, {"small": stored(args)})
+
+
+def render(found: Found, picture: Path) -> str:
+    """The tables, and the plot beside them, of the file that `write` leaves."""
+    plot(found["small"], found["runs"], picture.with_suffix(".png"))
+    parts = ["**One hidden layer of 10 units**", small_table(found["small"])] if found["small"] else []
+    return "\n\n".join([*parts, "**The residual network, |ΔE| on the test rows**", residual_table(found["runs"])])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,51 +22,25 @@ call goes on from there, to the bit on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from resnet_report import markdown, plot
+from resnet_report import markdown, plot, write
 from resnet_runs import Found, completed, finished, parser, train
-
-from td_plugin.files import staged_file
 
 GROUPS = ("weights", "units", "random")
 
 
 def report(args: argparse.Namespace) -> str:
     """Write JSON, tables and plot; the tables are returned."""
-    runs = finished(args.output, args.settings, GROUPS)
-    if not runs:
-        raise SystemExit(f"no finished runs in {args.output}")
-    name = f"resnet_{'full' if args.full else 'quick'}"
-    text = markdown(runs)
-    write_json(runs, args, name, "resnet.py")
-    with staged_file(args.results / f"{name}.md") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-    network = "ResNet-32" if args.full else "small network"
-    plot(runs, f"here, {network}, {args.settings.epochs} epochs", args.results / f"{name}.png")
-    return text
+    return write(finished(args.output, args.settings, GROUPS), args, "resnet", render)
 
 
-def write_json(
-    runs: Sequence[Found], args: argparse.Namespace, name: str, script: str, more: Found | None = None
-) -> None:
-    """The numbers, with what they were made by, and `more`."""
-    first = runs[0]
-    once = {"settings", "machine", "commit", "tested", "device", "steps"}
-    size = "full" if args.full else "quick"
-    seeds = sorted({run["seed"] for run in runs})
-    document = {
-        "command": f"python benchmarks/reproduce/{script} all --{size} --seeds {' '.join(map(str, seeds))}",
-        **{key: first[key] for key in ("settings", "machine", "tested", "device", "steps")},
-        "commits": sorted({run["commit"] for run in runs}),
-        "seeds": seeds,
-        "runs": [{key: value for key, value in run.items() if key not in once} for run in runs],
-        **(more or {}),
-    }
-    short = json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 6))
-    with staged_file(args.results / f"{name}.json") as path:
-        path.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+def render(found: Found, picture: Path) -> str:
+    """The tables, and the plot beside them, of the file that `write` leaves."""
+    network = "ResNet-32" if "--full" in found["command"] else "small network"
+    plot(found["runs"], f"here, {network}, {found['settings']['epochs']} epochs", picture.with_suffix(".png"))
+    return markdown(found["runs"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

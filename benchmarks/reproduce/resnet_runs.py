@@ -79,6 +79,8 @@ def _images(train: str, test: str, rows: int, test_rows: int, device: str) -> Im
 
 def make(job: Job, until: float) -> bool:
     """Train, judge, write the file; False: the time was over first, and a checkpoint says where to go on."""
+    if job.minutes and time.time() > until:
+        return False  # before anything is loaded
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # units that `shrink` could not remove: the paper's are those of each layer
     settings = job.settings
