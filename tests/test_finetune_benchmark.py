@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "finetune"))
+
+from memory import Remembering
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "finetune"
 ALL_STAGES = """
@@ -21,6 +27,25 @@ for stage in ("teach", "search", "train", "deploy", "report"):
     pareto.main()
 """
 METHODS = "magnitude,targeted-kd,torch-pruning,student-kd"
+
+
+def test_a_remembering_teacher_answers_as_the_teacher(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3
+    )
+    teacher, asked = BertForSequenceClassification(config).eval(), []
+    teacher.register_forward_pre_hook(lambda *now: asked.append(len(now[2]["input_ids"])), with_kwargs=True)
+    ids = torch.randint(1, 40, (5, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * n + [0] * (7 - n) for n in (7, 4, 2, 6, 3)])
+    first = Remembering(teacher, tmp_path / "answers.safetensors")
+    with torch.no_grad():
+        expected = teacher(input_ids=ids, attention_mask=mask).logits
+        assert torch.allclose(first(input_ids=ids[:3], attention_mask=mask[:3]).logits, expected[:3], atol=1e-6)
+        first.save()
+        again = Remembering(teacher, tmp_path / "answers.safetensors")
+        shorter = again(input_ids=ids[1:, :6], attention_mask=mask[1:, :6]).logits  # padded to another length
+    assert torch.allclose(shorter, expected[1:], atol=1e-6)
+    assert asked == [5, 3, 2], "the first three rows are known"
 
 
 @pytest.mark.slow

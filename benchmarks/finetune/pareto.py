@@ -41,12 +41,12 @@ SEARCHED = 0.75
 DENSE_RATES = (5e-5, 1e-4, 2e-4)
 
 
-def teacher_of(task: Task, seed: int) -> PreTrainedModel:
-    """The dense model of a seed, fine-tuned."""
+def teacher_of(task: Task, seed: int) -> Path:
+    """Where the dense model of a seed is, fine-tuned."""
     found = sorted(task.output.glob(f"teacher-lr*-s{seed}"), key=lambda path: -read(path)["held_out"])
     if not found:
         raise SystemExit(f"no dense model of seed {seed} in {task.output}: run the stage 'teach' first")
-    return AutoModelForSequenceClassification.from_pretrained(found[0]).eval()
+    return found[0]
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def teach(task: Task, args: argparse.Namespace) -> None:
     """The dense models; seed 0 tries the learning rates, the others take its best."""
     best = None
     for seed in args.seeds:
-        for rate in DENSE_RATES if best is None else (best,):
+        for rate in args.teacher_rates if best is None else (best,):
             name = f"teacher-lr{rate:g}-s{seed}"
             if (task.output / name / "result.json").exists():
                 continue
@@ -91,9 +91,11 @@ def run(task: Task, args: argparse.Namespace, method: str, level: float, seed: i
     name = "-".join([method, f"{level:g}", *([f"lr{rate:g}"] if row.trained else []), *words, f"s{seed}"])
     if (task.output / name / "result.json").exists():
         return
-    dense = teacher_of(task, seed)
+    folder = teacher_of(task, seed)
+    dense = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     terms = {key: options[key] for key in ("logits", "temperature", "hidden") if key in options}
-    training = Training(seed, args.epochs, rate, dense if row.distilled else None, **terms)
+    teacher = dense if row.distilled else None
+    training = Training(seed, args.epochs, rate, teacher, folder / "answers.safetensors", **terms)
     start = time.perf_counter()
     model = row.run(task, dense, level, training, options)
     result = {"method": method, "level": level, "seed": seed, "learning_rate": rate, **settings}
@@ -222,6 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=20_000, help="training rows; 0: all")
     parser.add_argument("--held-out", type=int, default=2_000, help="further training rows, for choices")
     parser.add_argument("--teacher-epochs", type=float, default=3.0)
+    parser.add_argument("--teacher-rates", type=float, nargs="+", default=list(DENSE_RATES), help="to try")
     parser.add_argument("--epochs", type=float, default=3.0, help="of every method, after the dense fine-tune")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Remembering
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, set_seed
 
@@ -82,6 +83,7 @@ class Training:
         epochs: passes over the rows.
         learning_rate: peak of the linear decay.
         teacher: a dense model to learn from, too.
+        answers: the file that keeps the teacher's logits.
         logits: λ, share of the teacher's part in the loss.
         temperature: T.
         hidden: μ, weight of the distance between hidden states.
@@ -91,6 +93,7 @@ class Training:
     epochs: float
     learning_rate: float
     teacher: PreTrainedModel | None = None
+    answers: Path = Path("answers.safetensors")
     logits: float = 0.9
     temperature: float = 2.0
     hidden: float = 0.0
@@ -108,15 +111,17 @@ class Training:
         trainer = self.trainer(task, model, callback)
         if optimizer is not None:
             trainer.optimizer = optimizer
-        lesson = None
+        lesson, teacher = None, None
         if self.teacher is not None:
             terms = Distillation(None, self.temperature, self.logits, self.hidden)
-            lesson = Lesson(terms, copy.deepcopy(self.teacher), model, torch.bfloat16)
+            teacher = Remembering(copy.deepcopy(self.teacher), self.answers)
+            lesson = Lesson(terms, teacher, model, torch.bfloat16)
         try:
             trainer.train()
         finally:
-            if lesson is not None:
+            if lesson is not None and teacher is not None:
                 lesson.end()
+                teacher.save()
             # The Trainer wraps what it trains with: nothing of it may stay on a model that is saved.
             model.eval()
 
