@@ -139,6 +139,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(name: str, tmp_path: Pa
     assert not torch.equal(expected["stem.weight"], build(TINY, 1).stem.weight)
 
 
+def test_a_compiled_model_trains_the_same_weights(tmp_path: Path) -> None:
+    run, images = Run("td-50-50", SHORT, 0), some_images()
+    before = run.weights()["stem.weight"]
+    compiled = torch.compile(run.model, backend="eager")
+    assert not run.fit(images, Stop(step=2), tmp_path / "some.safetensors", compiled)
+    assert not torch.equal(run.weights()["stem.weight"], before)
+
+
 def test_published_numbers_and_rows_fit() -> None:
     for what, methods in PUBLISHED.items():
         for name, found in methods.items():

@@ -6,8 +6,8 @@
 
 Gomez et al., arXiv 1905.13678, the tables of weight and unit pruning, of ramping targeted dropout and of random pruning
 before training. A model is trained once per method and seed and judged at every share: pruned by magnitude at once,
-every convolution but the stem, nothing trained afterwards. At 0 % the dense model is
-judged, without the mask that evaluation has in the authors' code (`ablation.py` compares those masks).
+every convolution but the stem, nothing trained afterwards. At 0 % the dense model is judged, without the mask that
+evaluation has in the authors' code (`ablation.py` compares those masks).
 
 `--quick`: 20 methods × 3 seeds of a network with one unit per stage and 16, 32 and 64 filters behind a stem with
 stride 2, 10 epochs of 10,240 rows, judged on 2,000: under 40 minutes on two cores, as two processes of one thread.

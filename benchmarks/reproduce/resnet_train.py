@@ -121,7 +121,7 @@ class Run:
             if self.done == stop.step or time.monotonic() > stop.at:
                 self.save(file)
                 return False
-            self._step(images, steps, forward or self.model)
+            self._step(images, steps, self.model if forward is None else forward)
             self.done += 1
             if stop.every and self.done % stop.every == 0:
                 self.save(file)
