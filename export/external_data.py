@@ -41,7 +41,7 @@ def staged_graph(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with staged_file(path) as staged:
             yield staged
-            former = {file: _identity(file) for file in _own_data(path)}
+            former = _own_data(path)
             placed = _place_data(staged, path)
     except OSError as error:
         _discard(placed, path)
@@ -187,12 +187,13 @@ def _identity(file: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _own_data(path: Path) -> set[Path]:
+def _own_data(path: Path) -> dict[Path, tuple[int, int]]:
     """The weights of the graph at `path`, if this module named them: others may be shared with another graph."""
     own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data")
-    with suppress(TdError):  # nothing there, or damaged: then nothing is known to belong to it
-        return {file for file in check_external(path) if own.fullmatch(file.name)}
-    return set()
+    # Nothing there, damaged, or replaced while it is looked at: then nothing is known to belong to it.
+    with suppress(TdError, FileNotFoundError):
+        return {file: _identity(file) for file in check_external(path) if own.fullmatch(file.name)}
+    return {}
 
 
 def _place_data(staged: Path, path: Path) -> Path | None:

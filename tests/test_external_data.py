@@ -151,6 +151,22 @@ class TestPair:
             write(tmp_path / "m.onnx", value)
             assert read(tmp_path / "m.onnx") == value and len(names(tmp_path)) == 2
 
+    def test_another_writer_removes_the_old_weights_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "m.onnx"
+        write(path, 1.0)
+        look = external_data._identity
+
+        def lose(file: Path) -> tuple[int, int]:
+            file.unlink(missing_ok=True)
+            return look(file)
+
+        monkeypatch.setattr(external_data, "_identity", lose)
+        write(path, 2.0)
+        monkeypatch.undo()
+        assert read(path) == 2.0
+
     def test_two_writers_at_once(self, tmp_path: Path) -> None:
         path, failures = tmp_path / "m.onnx", []
 
