@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "finetune"))
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 
 import ablation
+import convnet
 import dependence
 import deploy_plot
 import deploy_report
@@ -85,6 +86,7 @@ def _finetune(found: Found, picture: Path) -> str:
 
 RENDERS: dict[str, Render] = {
     "ablation": ablation.render,
+    "convnet": convnet.render,
     "dependence": dependence.render,
     "deploy": _deploy,
     "finetune": _finetune,

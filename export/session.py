@@ -195,6 +195,10 @@ def fit_inputs(
     Raises:
         TdError: as `graph_inputs`.
     """
+    given: object = inputs
+    if isinstance(given, Tensor):  # to_onnx takes one, so it is tried here, too
+        fix = f"a dict with {', '.join(entry.name for entry in wanted)}"
+        raise TdError("inputs are given by name", where=where, got=type(inputs).__name__, fix=fix)
     missing = [entry.name for entry in wanted if entry.name not in inputs]
     if missing:
         raise TdError(

@@ -92,3 +92,19 @@ def dense_onnx(masked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "dense.onnx"
     export_checkpoint(masked, path)
     return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """96 pictures of noise in ten classes, as a file."""
+    import numpy as np
+    from datasets import Dataset, Features, Image, Value
+    from PIL import Image as Pillow
+
+    colours = np.random.default_rng(0).integers(0, 255, (96, 32, 32, 3), dtype=np.uint8)
+    data = Dataset.from_dict(
+        {"image": [Pillow.fromarray(colour) for colour in colours], "label": [index % 10 for index in range(96)]},
+        features=Features({"image": Image(), "label": Value("int64")}),
+    )
+    data.to_parquet(tmp_path / "some.parquet")
+    return tmp_path / "some.parquet"

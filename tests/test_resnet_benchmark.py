@@ -174,20 +174,6 @@ def test_a_difference_matters_if_it_is_more_than_its_noise() -> None:
         assert ROWS[one.one].level in ROWS[one.one].shares and ROWS[one.one].level in ROWS[one.other].shares
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    from datasets import Dataset, Features, Image, Value
-    from PIL import Image as Pillow
-
-    colours = np.random.default_rng(0).integers(0, 255, (96, 32, 32, 3), dtype=np.uint8)
-    data = Dataset.from_dict(
-        {"image": [Pillow.fromarray(colour) for colour in colours], "label": [index % 10 for index in range(96)]},
-        features=Features({"image": Image(), "label": Value("int64")}),
-    )
-    data.to_parquet(tmp_path / "some.parquet")
-    return tmp_path / "some.parquet"
-
-
 def call(script: str, *options: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / script), *options]

@@ -24,6 +24,7 @@ from td_plugin.export.probes import longest_text, make_parity_batches, resized
 from td_plugin.export.quantize import quantize
 from td_plugin.export.shrink import shrink
 from td_plugin.export.to_onnx import to_onnx
+from td_plugin.export.verify import verify
 from td_plugin.export.verify_forms import FormsReport, verify_forms
 from td_plugin.recipes import targeted_unit
 from td_plugin.sparsifier import TargetedDropout
@@ -191,6 +192,8 @@ class TestForms:
             verify_forms(models, {"broken": broken}, [rows(1)])
         with pytest.raises(TdError, match="needs inputs that were not given: x"):
             verify_forms(models, {"other": linear_graph(tmp_path / "other.onnx", np.ones((8, 4)))}, [rows(1)])
+        with pytest.raises(TdError, match=r"given by name.*got: Tensor; fix: a dict with x"):
+            verify(nn.Identity(), tmp_path / "other.onnx", [torch.ones(1, 8)])  # type: ignore[list-item]
 
     def test_a_file_of_another_exporter(self, forms: Any, tmp_path: Path):
         """Other names of inputs and outputs: the batch holds both names, the order of the outputs tells them apart."""
