@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 
 import ablation
 import convnet
+import decoder_report
 import dependence
 import deploy_plot
 import deploy_report
@@ -87,6 +88,7 @@ def _finetune(found: Found, picture: Path) -> str:
 RENDERS: dict[str, Render] = {
     "ablation": ablation.render,
     "convnet": convnet.render,
+    "decoder": decoder_report.render,
     "dependence": dependence.render,
     "deploy": _deploy,
     "finetune": _finetune,
