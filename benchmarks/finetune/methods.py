@@ -49,6 +49,18 @@ def masked(recipe: td.Recipe) -> Method:
     return run
 
 
+def halved(recipe: td.Recipe) -> Method:
+    """`masked`, on every other layer of the dense model, with the γ that leaves as much as `level` of all layers."""
+
+    def run(task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options) -> PreTrainedModel:
+        if level < 0.5:
+            raise SystemExit(f"half of the layers are gone at γ = 0.5; got {level:g}")
+        start = with_layers(dense, len(dense.bert.encoder.layer) // 2)
+        return masked(recipe)(task, start, 1 - 2 * (1 - level), training, options)
+
+    return run
+
+
 def magnitude(
     task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options
 ) -> PreTrainedModel:
@@ -159,13 +171,18 @@ def shallower(
     task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options
 ) -> PreTrainedModel:
     """A student of evenly chosen layers of the dense model (as DistilBERT, Sanh et al., arXiv 1910.01108)."""
+    model = with_layers(dense, max(round((1 - level) * len(dense.bert.encoder.layer)), 1))
+    training.fit(task, model)
+    return model
+
+
+def with_layers(dense: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A copy with `count` evenly chosen layers, the last one among them."""
     model = copy.deepcopy(dense)
     layers = model.bert.encoder.layer
-    count = max(round((1 - level) * len(layers)), 1)
     kept = [round((i + 1) * len(layers) / count) - 1 for i in range(count)]
     model.bert.encoder.layer = nn.ModuleList([layers[i] for i in kept])
     model.config.num_hidden_layers = count
-    training.fit(task, model)
     return model
 
 
@@ -201,6 +218,7 @@ ROWS: dict[str, Row] = {
     "gradual-kd": Row("magnitude, gradual, distilled", masked(GRADUAL), distilled=True),
     "targeted": Row("targeted dropout", masked(TARGETED)),
     "targeted-kd": Row("targeted dropout, distilled", masked(TARGETED), distilled=True),
+    "targeted-half-kd": Row("targeted dropout on half of the layers, distilled", halved(TARGETED), distilled=True),
     "torch-pruning": Row("Torch-Pruning", torch_pruning, needs="torch_pruning"),
     "torch-pruning-kd": Row("Torch-Pruning, distilled", torch_pruning, distilled=True, needs="torch_pruning"),
     "pat": Row("torchao PAT", pat, needs="torchao"),
