@@ -140,9 +140,9 @@ class _SparingLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # The rows are copied together a second time: kept since the forward they would take memory all the while.
             of_x = (grad @ weight.index_select(0, kept).to(ctx.dtype)).view(x.shape).to(x.dtype)
-        of_weight = torch.zeros_like(weight).index_copy(0, kept, (grad.t() @ rows).to(weight.dtype))
+        of_weight = torch.zeros_like(weight).index_copy_(0, kept, (grad.t() @ rows).to(weight.dtype))
         if ctx.needs_input_grad[3]:
-            of_bias = weight.new_zeros(weight.shape[0]).index_copy(0, kept, grad.sum(0).to(weight.dtype))
+            of_bias = weight.new_zeros(weight.shape[0]).index_copy_(0, kept, grad.sum(0).to(weight.dtype))
         return of_x, of_weight, None, of_bias, None
 
 
