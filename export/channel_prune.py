@@ -16,6 +16,7 @@ from td_plugin.export.progress import bar
 from td_plugin.export.reconstruction import LayerError, samples_of, treat
 from td_plugin.export.shrink import shrink
 from td_plugin.given import given_structure, nearest
+from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import bake
 from td_plugin.report import table
 from td_plugin.structure import survey
@@ -175,6 +176,7 @@ def _example(plan: Sampling, given: Mapping[str, Any] | None) -> Mapping[str, An
 
 def _reconstruct(model: nn.Module, plan: Sampling, wish: _Wish, known: _Known, progress: bool) -> ChannelPruning:
     pruned = copy.deepcopy(model)
+    unwrap(pruned)
     bake(pruned)
     structure = known.structure(pruned)
     groups = [group for group in structure.groups if group.kind in wish.kinds]

@@ -19,6 +19,7 @@ from td_plugin.export.provenance import check_exportable, provenance
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
 from td_plugin.export.verify_decoding import verify_decoding
+from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import bake
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def to_cached_onnx(
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise TdError(_NO_CACHE, where=type(model).__name__, fix="to_onnx writes a graph without a cache")
     ready = copy.deepcopy(model).cpu()
+    unwrap(ready)
     bake(ready)
     ready.train(False).requires_grad_(False)
     check_exportable(ready)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from td_plugin.errors import TdError
+from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import masked_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,6 +49,7 @@ def from_scratch(model: Model, seed: int = 0) -> Model:
     if masked := masked_tensors(model):
         raise TdError("the model carries masks", where=masked[0], fix="squash_mask() and shrink(model) first")
     fresh = copy.deepcopy(model)
+    unwrap(fresh)
     if absent := next((name for name, tensor in fresh.named_parameters() if tensor.is_meta), None):
         raise TdError("the weights are not there", where=absent, got="a tensor on the meta device", fix="load them")
     devices = sorted({tensor.device.index for tensor in fresh.parameters() if tensor.is_cuda})

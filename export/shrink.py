@@ -21,6 +21,7 @@ from td_plugin.export.residue import fold_residue, refuse_carried
 from td_plugin.given import given_structure
 from td_plugin.layer_cutting import remove_layers
 from td_plugin.model_inputs import model_inputs
+from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import bake
 from td_plugin.structure import survey
 from td_plugin.units import Kind, Structure, UnitGroup
@@ -60,7 +61,8 @@ def shrink(
         optimizer: of `model`. It goes on with the smaller model's parameters and their part of its state.
 
     Returns:
-        an ordinary module of the same classes, in the same mode, dtype and device.
+        an ordinary module of the same classes, in the same mode, dtype and device; without the autocast that
+        a Trainer has put on `model`.
 
     Raises:
         TdError: nothing can be removed (the reason is named), a unit emits a constant that cannot be folded, or the
@@ -70,6 +72,7 @@ def shrink(
     """
     _check(model, round_to, floors or {})
     small = copy.deepcopy(model)
+    unwrap(small)
     bake(small)
     kept: Kept = {}
     taken = Taken(0, 0, {})

@@ -24,6 +24,7 @@ from td_plugin.export.provenance import check_exportable, provenance
 from td_plugin.export.quiet import quiet
 from td_plugin.export.session import require
 from td_plugin.export.verify import named_outputs, verify
+from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import bake
 
 
@@ -69,6 +70,7 @@ def to_onnx(  # noqa: PLR0913 - all but the first three are options, by name onl
     check_optimize(optimize)
     example = _named_inputs(model, example_inputs)
     ready = copy.deepcopy(model).cpu()
+    unwrap(ready)
     baked = bake(ready)
     ready.eval().requires_grad_(False)  # the trace of a recurrent layer's loop asks for gradients otherwise
     ready.forward = functools.partial(ready.forward, **flags_of(example))  # a graph has no flags among its inputs

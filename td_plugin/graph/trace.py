@@ -22,6 +22,7 @@ from td_plugin.graph.context import Call, Result
 from td_plugin.graph.labels import Labels
 from td_plugin.graph.operators import evaluate
 from td_plugin.graph.values import ONE, Value, fixed, resolve
+from td_plugin.own_forward import own_forward
 
 MOST_NODES = 200_000
 
@@ -40,7 +41,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> ExportedProgra
     inputs = _beside(model, example_inputs)
     model.eval()
     try:
-        with torch.no_grad(), _own_forward(model), _without_cache(model), quiet(), warnings.catch_warnings():
+        with torch.no_grad(), own_forward(model), _without_cache(model), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return torch.export.export(model, (), inputs, strict=False)
@@ -82,21 +83,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that accelerate puts around a forward: in a graph it is one operator, with all in it."""
-    held = vars(model)
-    wrapped, own = held.get("forward"), held.get("_original_forward")
-    if wrapped is None or own is None:
-        yield
-        return
-    held["forward"] = own
-    try:
-        yield
-    finally:
-        held["forward"] = wrapped
 
 
 @contextmanager
