@@ -34,6 +34,7 @@ import report as finetune_report
 import resnet
 import scale_report
 import sst2
+import translation_report
 
 from td_plugin.export.plots import plot_tradeoff
 from td_plugin.files import staged_file
@@ -98,6 +99,7 @@ RENDERS: dict[str, Render] = {
     "resnet": resnet.render,
     "scale": _scale,
     "sst2": _sst2,
+    "translation": translation_report.render,
 }
 """By the first word of the file's name."""
 

@@ -118,7 +118,7 @@ def _train(job: Job, images: Images, file: Path, until: float) -> bool:
         return False
     about: Found = {"steps": run.done, "seconds_per_step": (time.perf_counter() - start) / max(run.done - first, 1)}
     providers = ["CUDAExecutionProvider"] if job.device == "cuda" else []
-    about |= {"commit": _commit(), "machine": machine(providers)}
+    about |= {"commit": commit(), "machine": machine(providers)}
     with staged_file(job.file("weights", "json")) as path:
         path.write_text(json.dumps(about) + "\n", encoding="utf-8")
     with staged_file(file) as path:
@@ -145,7 +145,8 @@ def _under(recipe: td.Recipe, level: float, mask: EvalMask, weights: Tensors, sh
     return judge(model.to(images.test.device), images)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the working tree, shortened; empty where there is none."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
