@@ -189,7 +189,7 @@ def plot(runs: Sequence[Found], target: Path) -> None:
         )
         axes.grid(color="#e0e0e0", linewidth=0.7)
         if pairs:
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            axes.legend(frameon=False, fontsize=8, loc="best")
     with staged_file(target) as path:
         figure.savefig(path)
 

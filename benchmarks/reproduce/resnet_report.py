@@ -155,7 +155,7 @@ def plot(runs: Sequence[Found], title: str, target: Path) -> None:
                 ylim=(0, 100),
             )
             axes.grid(color="#e0e0e0", linewidth=0.7)
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            axes.legend(frameon=False, fontsize=8, loc="best", ncols=2)
     with staged_file(target) as path:
         figure.savefig(path)
 
