@@ -49,14 +49,18 @@ def masked(recipe: td.Recipe) -> Method:
     return run
 
 
-def halved(recipe: td.Recipe) -> Method:
-    """`masked`, on every other layer of the dense model, with the γ that leaves as much as `level` of all layers."""
+def depth_and_width(layers: int, level: float) -> tuple[int, float]:
+    """How many layers stay and the γ of their units: depth and width go by one factor, and `level` of both goes."""
+    kept = max(round(layers * (1 - level) ** 0.5), 1)
+    return kept, max(1 - (1 - level) * layers / kept, 0.0)
+
+
+def shorter(recipe: td.Recipe) -> Method:
+    """`masked`, on some of the dense model's layers, with the γ that leaves as much as `level` of all layers."""
 
     def run(task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options) -> PreTrainedModel:
-        if level < 0.5:
-            raise SystemExit(f"half of the layers are gone at γ = 0.5; got {level:g}")
-        start = with_layers(dense, len(dense.bert.encoder.layer) // 2)
-        return masked(recipe)(task, start, 1 - 2 * (1 - level), training, options)
+        kept, width = depth_and_width(len(dense.bert.encoder.layer), level)
+        return masked(recipe)(task, with_layers(dense, kept), width, training, options)
 
     return run
 
@@ -218,7 +222,8 @@ ROWS: dict[str, Row] = {
     "gradual-kd": Row("magnitude, gradual, distilled", masked(GRADUAL), distilled=True),
     "targeted": Row("targeted dropout", masked(TARGETED)),
     "targeted-kd": Row("targeted dropout, distilled", masked(TARGETED), distilled=True),
-    "targeted-half-kd": Row("targeted dropout on half of the layers, distilled", halved(TARGETED), distilled=True),
+    "shorter-targeted-kd": Row("fewer layers, targeted dropout, distilled", shorter(TARGETED), distilled=True),
+    "shorter-gradual-kd": Row("fewer layers, magnitude, gradual, distilled", shorter(GRADUAL), distilled=True),
     "torch-pruning": Row("Torch-Pruning", torch_pruning, needs="torch_pruning"),
     "torch-pruning-kd": Row("Torch-Pruning, distilled", torch_pruning, distilled=True, needs="torch_pruning"),
     "pat": Row("torchao PAT", pat, needs="torchao"),
