@@ -12,6 +12,7 @@ from td_plugin.export.check_bars import Bars
 from td_plugin.export.check_latency import Timing
 from td_plugin.export.decoder import to_cached_onnx
 from td_plugin.export.evaluation import Examples, Generation, evaluate_onnx
+from td_plugin.export.fewer_layers import fewer_layers
 from td_plugin.export.forms import derive
 from td_plugin.export.from_scratch import from_scratch
 from td_plugin.export.hub import push_to_hub
@@ -62,6 +63,7 @@ __all__ = [
     "check",
     "derive",
     "evaluate_onnx",
+    "fewer_layers",
     "from_scratch",
     "load_into",
     "load_onnx",

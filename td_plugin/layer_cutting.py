@@ -26,24 +26,33 @@ def remove_layers(model: nn.Module, group: UnitGroup, keep: Tensor) -> dict[str,
     Raises:
         TdError: the container is no `nn.ModuleList` or `nn.Sequential`.
     """
-    container = model.get_submodule(group.name)
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        raise TdError(
-            "layers can only leave a ModuleList or Sequential", where=group.name, got=type(container).__name__
-        )
-    before, gone = len(container), _places(group, set(range(group.units)) - set(keep.tolist()))
-    stay = [place for place in range(before) if place not in gone]
-    renamed = {}
+    gone = _places(group, set(range(group.units)) - set(keep.tolist()))
+    return keep_places(
+        model, group.name, [place for place in range(len(_container(model, group.name))) if place not in gone]
+    )
+
+
+def keep_places(model: nn.Module, path: str, stay: list[int]) -> dict[str, str]:
+    """Leave only the layers at the places `stay` of the container at `path`, in place; else as `remove_layers`."""
+    container = _container(model, path)
+    before, renamed = len(container), {}
     for new, old in enumerate(stay):
         for module in container[old].modules():
             _renumber(module, old, new)
         if new != old:
             for name, _ in container[old].named_parameters(remove_duplicate=False):
-                renamed[f"{group.name}.{old}.{name}"] = f"{group.name}.{new}.{name}"
-    for place in sorted(gone, reverse=True):
+                renamed[f"{path}.{old}.{name}"] = f"{path}.{new}.{name}"
+    for place in sorted(set(range(before)) - set(stay), reverse=True):
         del container[place]
-    _count(model, group.name, before, stay)
+    _count(model, path, before, stay)
     return renamed
+
+
+def _container(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    container = model.get_submodule(path)
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+        raise TdError("layers can only leave a ModuleList or Sequential", where=path, got=type(container).__name__)
+    return container
 
 
 def _places(group: UnitGroup, units: set[int]) -> set[int]:

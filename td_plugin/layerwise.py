@@ -115,3 +115,23 @@ def _shapes(model: nn.Module, config: Config) -> dict[str, torch.Size]:
     chosen = select(model, Recipe(magnitude, WholeTensor()), config).choices
     named = dict(model.named_parameters(remove_duplicate=False))
     return {choice.ranked[0].fqn: named[choice.ranked[0].fqn].shape for choice in chosen}
+
+
+def depth_and_width(layers: int, sparsity_level: float) -> tuple[int, float]:
+    """How `sparsity_level` of a stack is removed if depth and width shrink by one factor.
+
+    Args:
+        layers: of the model.
+        sparsity_level: γ in [0, 1), the share of the stack's weights that goes.
+
+    Returns:
+        the layers to keep for `td_plugin.export.fewer_layers`, at least one, and the γ of the units of each.
+
+    Raises:
+        TdError: γ outside [0, 1), or no layers.
+    """
+    check_fraction(sparsity_level, "sparsity_level (γ)", "depth_and_width")
+    if layers < 1:
+        raise TdError("there are no layers", where="depth_and_width", got=layers)
+    kept = max(round(layers * (1 - sparsity_level) ** 0.5), 1)
+    return kept, max(1 - (1 - sparsity_level) * layers / kept, 0.0)

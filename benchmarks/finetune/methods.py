@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import td_plugin as td
-from td_plugin.export import shrink
+from td_plugin.export import fewer_layers, shrink
 from td_plugin.granularity import Units
 from td_plugin.integrations.hf import TargetedDropoutCallback
 from td_plugin.rates import Global
@@ -49,18 +49,12 @@ def masked(recipe: td.Recipe) -> Method:
     return run
 
 
-def depth_and_width(layers: int, level: float) -> tuple[int, float]:
-    """How many layers stay and the γ of their units: depth and width go by one factor, and `level` of both goes."""
-    kept = max(round(layers * (1 - level) ** 0.5), 1)
-    return kept, max(1 - (1 - level) * layers / kept, 0.0)
-
-
 def shorter(recipe: td.Recipe) -> Method:
     """`masked`, on some of the dense model's layers, with the γ that leaves as much as `level` of all layers."""
 
     def run(task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options) -> PreTrainedModel:
-        kept, width = depth_and_width(len(dense.bert.encoder.layer), level)
-        return masked(recipe)(task, with_layers(dense, kept), width, training, options)
+        kept, width = td.layerwise.depth_and_width(len(dense.bert.encoder.layer), level)
+        return masked(recipe)(task, fewer_layers(dense, kept), width, training, options)
 
     return run
 
@@ -175,18 +169,8 @@ def shallower(
     task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options
 ) -> PreTrainedModel:
     """A student of evenly chosen layers of the dense model (as DistilBERT, Sanh et al., arXiv 1910.01108)."""
-    model = with_layers(dense, max(round((1 - level) * len(dense.bert.encoder.layer)), 1))
+    model = fewer_layers(dense, max(round((1 - level) * len(dense.bert.encoder.layer)), 1))
     training.fit(task, model)
-    return model
-
-
-def with_layers(dense: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A copy with `count` evenly chosen layers, the last one among them."""
-    model = copy.deepcopy(dense)
-    layers = model.bert.encoder.layer
-    kept = [round((i + 1) * len(layers) / count) - 1 for i in range(count)]
-    model.bert.encoder.layer = nn.ModuleList([layers[i] for i in kept])
-    model.config.num_hidden_layers = count
     return model
 
 
