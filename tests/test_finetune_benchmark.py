@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "finetune"))
 
+import pareto
 from memory import Remembering
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "finetune"
@@ -26,7 +27,7 @@ for stage in ("teach", "search", "train", "deploy", "report"):
     sys.argv = ["pareto.py", stage, *options]
     pareto.main()
 """
-METHODS = "magnitude,targeted-kd,torch-pruning,student-kd"
+METHODS = "magnitude,targeted-kd,shorter-targeted-kd,torch-pruning,student-kd"
 
 
 def test_a_remembering_teacher_answers_as_the_teacher(tmp_path: Path) -> None:
@@ -46,6 +47,12 @@ def test_a_remembering_teacher_answers_as_the_teacher(tmp_path: Path) -> None:
         shorter = again(input_ids=ids[1:, :6], attention_mask=mask[1:, :6]).logits  # padded to another length
     assert torch.allclose(shorter, expected[1:], atol=1e-6)
     assert asked == [5, 3, 2], "the first three rows are known"
+
+
+def test_runs_with_options_are_no_part_of_the_comparison() -> None:
+    run = {"method": "targeted-kd", "level": 0.5, "seed": 0, "epochs": 1.0, "learning_rate": 1e-4}
+    assert pareto.ordinary(run)
+    assert not pareto.ordinary({**run, "ramp": 0.3}) and not pareto.ordinary({**run, "criterion": "taylor"})
 
 
 @pytest.mark.slow

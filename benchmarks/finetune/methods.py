@@ -24,6 +24,10 @@ Method = Callable[[Task, PreTrainedModel, float, Training, Options], PreTrainedM
 """``(task, dense model, γ, training, options) -> smaller model``; the dense model is left as it is."""
 
 
+OPTIONS = ("criterion", "drop_rate", "floor", "hidden", "logits", "members", "ramp", "temperature")
+"""What `--options` may change in a run; it is no part of the comparison then."""
+
+
 def varied(recipe: td.Recipe, options: Options) -> td.Recipe:
     """`recipe` with what the options of a run change."""
     criteria = {"taylor": td.criteria.taylor, "magnitude": td.criteria.magnitude}
@@ -54,7 +58,11 @@ def shorter(recipe: td.Recipe) -> Method:
 
     def run(task: Task, dense: PreTrainedModel, level: float, training: Training, options: Options) -> PreTrainedModel:
         kept, width = td.layerwise.depth_and_width(len(dense.bert.encoder.layer), level)
-        return masked(recipe)(task, fewer_layers(dense, kept), width, training, options)
+        model = fewer_layers(dense, kept)
+        if width:
+            return masked(recipe)(task, model, width, training, options)
+        training.fit(task, model)
+        return model
 
     return run
 

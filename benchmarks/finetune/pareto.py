@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 from deploy import judge, latencies
-from methods import ROWS
+from methods import OPTIONS, ROWS
 from pareto_options import parse
 from report import write
 from tasks import Task, Training, accuracy, pretrained
@@ -117,11 +117,17 @@ def search(task: Task, args: argparse.Namespace) -> None:
                 run(task, args, method, 0.0 if method.startswith("dense") else args.searched, 0, rate)
 
 
+def ordinary(found: dict[str, Any]) -> bool:
+    """Whether a run has the options of its row, and none that `--options` has put in."""
+    options = {key: value for key, value in found.items() if key in OPTIONS}
+    return options == dict(ROWS[found["method"]].options)
+
+
 def best_rate(task: Task, args: argparse.Namespace, method: str) -> float:
     """The learning rate that was best on the held-out rows."""
     level = 0.0 if method.startswith("dense") else args.searched
     wanted = {"method": method, "level": level, "seed": 0, "epochs": args.epochs}
-    tried = [found for found in runs(task) if wanted.items() <= found.items()]
+    tried = [found for found in runs(task) if wanted.items() <= found.items() and ordinary(found)]
     if not tried:
         raise SystemExit(f"no learning rate has been tried for {method}: run the stage 'search' first")
     return float(max(tried, key=lambda found: found["held_out"])["learning_rate"])
@@ -164,6 +170,7 @@ def chosen(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
         {**found, "name": Path(found["directory"]).name}
         for found in runs(task)
         if found["method"] in rates
+        and ordinary(found)
         and rates[found["method"]] in (None, found["learning_rate"])
         and found.get("epochs", args.epochs) == args.epochs
     ]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods import ROWS
+from methods import OPTIONS, ROWS
 
 LEVELS = (0.5, 0.75, 0.875)
 RATES = (1e-4, 2e-4, 4e-4)
@@ -64,6 +64,8 @@ def parse(description: str | None) -> argparse.Namespace:
     if unknown := sorted(set(args.methods) - set(ROWS)):
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(ROWS)}")
     args.methods = present(args.methods)
+    if unknown := sorted(set(args.options) - set(OPTIONS)):
+        parser.error(f"unknown options {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
     if args.options and args.stage != "run":
         parser.error("--options are of the stage 'run'")
     return args
