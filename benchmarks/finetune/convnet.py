@@ -18,18 +18,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from convnet_runs import FULL, METHODS, QUICK, Found, Job, make
+from processes import in_processes
 from report import faster, spread
-from tqdm import tqdm
 
 from td_plugin.export import benchmark
 from td_plugin.export.plots import plot_tradeoff
@@ -46,17 +44,7 @@ def job(args: argparse.Namespace, method: str, level: float, seed: int, rate: fl
 
 def run_all(jobs: Sequence[Job], processes: int, what: str) -> None:
     """Make the runs that are not on disk."""
-    missing = [job for job in jobs if not job.done]
-    if not missing:
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(make, job) for job in missing]
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc=what, file=sys.stderr, mininterval=2.0):
-            try:
-                done.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    in_processes(make, [(job,) for job in jobs if not job.done], processes, what)
 
 
 def read(job: Job) -> Found:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import in_processes
 from resnet_images import Images, load
 from resnet_judge import Tensors, Verdict, dense, judge, pruned
 from resnet_network import Shape, build
 from resnet_rows import ROWS, Group, Row, Strengths, names
 from resnet_train import Run, Settings, Stop, prepare
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import td_plugin as td
 from td_plugin.export.machine import machine
@@ -157,14 +155,7 @@ def run_all(jobs: list[Job], processes: int, minutes: float) -> None:
     """Make the models that have no file yet, until the time is over."""
     until = time.time() + 60 * minutes
     missing = [job for job in jobs if not _judged(job)]
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(make, job, until) for job in missing]
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc="models", file=sys.stderr, mininterval=2.0):
-            try:
-                done.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    in_processes(make, [(job, until) for job in missing], processes, "models")
 
 
 def finished(output: Path, settings: Settings, groups: tuple[Group, ...]) -> list[Found]:

@@ -31,20 +31,18 @@ import argparse
 import importlib.metadata
 import json
 import math
-import multiprocessing
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from processes import in_processes
 from resnet_report import TENTHS, write
 from resnet_runs import Found, commit
-from tqdm import tqdm
 from transformers import MarianMTModel, Seq2SeqTrainer, TrainerCallback
 from translation_report import render
 from translation_task import (
@@ -178,14 +176,7 @@ def train(args: argparse.Namespace) -> None:
     jobs = [Job(name, seed, args.settings, *files) for seed in args.seeds for name in args.methods]
     until = time.time() + 60 * args.minutes if args.minutes else math.inf
     missing = [job for job in jobs if not (job.folder / "result.json").exists()]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(make, job, until) for job in missing]
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc="models", file=sys.stderr, mininterval=2.0):
-            try:
-                done.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    in_processes(make, [(job, until) for job in missing], args.jobs, "models")
 
 
 def finished(args: argparse.Namespace) -> list[Found]:
