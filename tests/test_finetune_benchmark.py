@@ -74,7 +74,7 @@ def test_every_stage_follows_the_one_before(text_encoder: Path, reviews: Path, t
         "--name",
         "tiny",
     ]
-    common += ["--rates", "1e-3", "--searched", "0.5"]
+    common += ["--rates", "1e-3", "--searched", "0.5", "--jobs", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", ALL_STAGES, str(FOLDER), *common]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

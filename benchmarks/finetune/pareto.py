@@ -8,8 +8,8 @@
 
 `teach` fine-tunes the dense model of every seed. Every method starts from it and has the same further steps. `search`
 tries the learning rates for every method at one γ, on rows held out of the training data; `train` makes the runs of all
-levels and seeds with the best of them. Both skip what is on disk, so they can be stopped at any moment, and several can
-run side by side. `deploy` judges on the test rows, which nothing was chosen by, exports, verifies, quantizes and times.
+levels and seeds with the best of them. Both skip what is on disk, so they can be stopped at any moment; `--jobs` makes
+several at once. `deploy` judges on the test rows, which nothing was chosen by, exports, verifies, quantizes and times.
 `report` writes docs/results/. `run` makes one run with options of its own.
 """
 
@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from td_plugin.export import save_pretrained
 from td_plugin.files import staged_directory
+
+sys.path.append(str(Path(__file__).parent.parent / "reproduce"))
+
+from processes import in_processes
+
+Call = tuple[str, float, int, float]
+"""Method, γ, seed, learning rate."""
 
 
 def teacher_of(task: Task, seed: int) -> Path:
@@ -104,17 +112,30 @@ def runs(task: Task) -> Iterator[dict[str, Any]]:
             yield {**found, "directory": str(path.parent)}
 
 
-def levels_of(method: str, args: argparse.Namespace) -> list[float]:
+def levels_of(method: str, levels: list[float]) -> list[float]:
     """γ to try: one for what does not depend on it."""
-    return [0.0] if method.startswith("dense") else args.levels
+    return [0.0] if method.startswith("dense") else levels
+
+
+def make(task: Task, args: argparse.Namespace, calls: list[Call]) -> None:
+    """The runs that are not on disk, `--jobs` at once."""
+    if args.jobs > 1:
+        in_processes(alone, [(task, args, *call) for call in calls], args.jobs, "runs")
+        return
+    for call in calls:
+        run(task, args, *call)
+
+
+def alone(task: Task, args: argparse.Namespace, *call: Any) -> None:
+    """`run` in a process of its own."""
+    quietly(args)
+    run(task, args, *call)
 
 
 def search(task: Task, args: argparse.Namespace) -> None:
     """All learning rates for every method that trains, seed 0."""
-    for method in args.methods:
-        if ROWS[method].trained:
-            for rate in args.rates:
-                run(task, args, method, 0.0 if method.startswith("dense") else args.searched, 0, rate)
+    trained = [method for method in args.methods if ROWS[method].trained]
+    make(task, args, [(m, *levels_of(m, [args.searched]), 0, rate) for m in trained for rate in args.rates])
 
 
 def ordinary(found: dict[str, Any]) -> bool:
@@ -135,20 +156,14 @@ def best_rate(task: Task, args: argparse.Namespace, method: str) -> float:
 
 def train(task: Task, args: argparse.Namespace) -> None:
     """All levels and seeds of every method, with its best learning rate."""
-    for seed in args.seeds:
-        for method in args.methods:
-            rate = best_rate(task, args, method) if ROWS[method].trained else 0.0
-            for level in levels_of(method, args):
-                run(task, args, method, level, seed, rate)
+    rates = {m: best_rate(task, args, m) if ROWS[m].trained else 0.0 for m in args.methods}
+    of_seed = [(m, level, rate) for m, rate in rates.items() for level in levels_of(m, args.levels)]
+    make(task, args, [(m, level, seed, rate) for seed in args.seeds for m, level, rate in of_seed])
 
 
 def one(task: Task, args: argparse.Namespace) -> None:
     """The runs that the options name, whatever was searched."""
-    for seed in args.seeds:
-        for method in args.methods:
-            for level in args.levels:
-                for rate in args.rates:
-                    run(task, args, method, level, seed, rate)
+    make(task, args, list(product(args.methods, args.levels, args.seeds, args.rates)))
 
 
 def teachers(task: Task) -> list[dict[str, Any]]:
@@ -199,11 +214,16 @@ def report(task: Task, args: argparse.Namespace) -> None:
     print(write(args.name, {**conditions, "dense": dense, "runs": found, "latency": latency}, args.results))
 
 
+def quietly(args: argparse.Namespace) -> None:
+    """As many threads as asked for, and no advice from transformers."""
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+
+
 def main() -> None:
     """Run one stage."""
     args = parse(__doc__)
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
+    quietly(args)
     files = (args.model or "", args.train or "", args.test or "")
     task = Task(*files, rows=args.rows, held_out=args.held_out, output=args.output)
     stages = {"teach": teach, "search": search, "train": train, "run": one, "deploy": deploy, "report": report}

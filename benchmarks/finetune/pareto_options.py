@@ -56,7 +56,8 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--name", default="finetune_sst2", help="of the report's files, without suffix")
     parser.add_argument("--title", default="SST-2, MiniLM", help="of the report's plot")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the report goes")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each in a process")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
     args = parser.parse_args()
     args.options = dict(args.options)
     if args.stage != "report" and not (args.model and args.train and args.test):
