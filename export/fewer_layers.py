@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,8 +13,10 @@ from td_plugin.layer_cutting import keep_places
 from td_plugin.own_forward import unwrap
 from td_plugin.parametrization import refuse_masked
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def fewer_layers(model: nn.Module, keep: int | Sequence[int], *, container: str | None = None) -> nn.Module:
+
+def fewer_layers(model: Model, keep: int | Sequence[int], *, container: str | None = None) -> Model:
     """A copy of `model` with some of its layers. It computes something else: train it, best with `model` as teacher.
 
     Unlike `shrink`, which removes what is zero. Where much is to go, depth and width together go at a smaller loss than

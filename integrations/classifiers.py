@@ -72,6 +72,28 @@ def load_classifier(name: str, data: LabelledData, max_length: int) -> Classifie
     return Classifier(model, processor, train, validation, default_data_collator)
 
 
+def load_teacher(name: str, data: LabelledData, model: PreTrainedModel) -> PreTrainedModel:
+    """Load a fine-tuned classifier that is to teach `model`, from a local directory or the hub.
+
+    Raises:
+        TdError: it cannot be read, has no head for these labels in this order, or reads other tokens than `model`.
+    """
+    config = _read(name, "model configuration", AutoConfig.from_pretrained)
+    fix = "fine-tune it on these data first: td-plugin finetune --recipe none"
+    if not any(architecture.endswith("Classification") for architecture in config.architectures or []):
+        raise TdError("the teacher is no classifier", where=name, got=config.architectures, fix=fix)
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    unnamed = labels == [f"LABEL_{index}" for index in range(len(data.labels))]
+    if labels != list(data.labels) and not unnamed:
+        raise TdError("the teacher has other labels than the data set", where=name, got=labels, fix=fix)
+    words, known = (getattr(entry, "vocab_size", None) for entry in (model.config, config))
+    if words != known:
+        raise TdError(f"the teacher's vocabulary is not the model's, which has {words}", where=name, got=known)
+    auto = AutoModelForSequenceClassification if data.task == "text" else AutoModelForImageClassification
+    teacher: PreTrainedModel = _read(name, "teacher", auto.from_pretrained)
+    return teacher
+
+
 def _read(name: str, what: str, load: Callable[[str], Loaded]) -> Loaded:
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise TdError("no such model directory", where=name)

@@ -45,12 +45,16 @@ class MethodConfig:
         drop_rate: α in [0, 1), the chance that a candidate is dropped in a training step. 0 trains densely and prunes
             by magnitude at the end: the baseline.
         ramp: share of the run, in (0, 1], after which a ramping recipe is at γ and α; the rest trains what stays.
+        layers: train a copy with so many of the model's layers, evenly chosen; 0: all.
+        teacher: local directory or hub id of a fine-tuned classifier to learn from, too; empty: none.
     """
 
     recipe: str = "ramping_targeted_unit"
     sparsity_level: float = 0.5
     drop_rate: float = 0.99
     ramp: float = 0.5
+    layers: int = 0
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         if self.recipe not in (*RECIPES, "none"):
@@ -59,6 +63,8 @@ class MethodConfig:
         check_fraction(self.drop_rate, "drop_rate (α)")
         if not 0.0 < self.ramp <= 1.0:
             raise TdError("the ramp is outside (0, 1]", got=self.ramp)
+        if self.layers < 0:
+            raise TdError("a number of layers is not negative", where="layers", got=self.layers, fix="0 keeps all")
 
     def build(self) -> Recipe | None:
         """The recipe, or None for dense training."""

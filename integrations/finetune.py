@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 from td_plugin import TargetedDropout
 from td_plugin.errors import TdError
-from td_plugin.export import save_pretrained, shrink, to_onnx
+from td_plugin.export import fewer_layers, save_pretrained, shrink, to_onnx
 from td_plugin.files import staged_directory, staged_file
-from td_plugin.integrations.classifiers import Classifier, load_classifier
+from td_plugin.integrations.classifiers import Classifier, load_classifier, load_teacher
 from td_plugin.integrations.config import FinetuneConfig
 from td_plugin.integrations.data import load_data
+from td_plugin.integrations.distillation import Distillation, Teaching
 from td_plugin.integrations.hf import TargetedDropoutCallback
+from td_plugin.integrations.hf_settings import autocast
 from td_plugin.integrations.training import make_trainer, model_accuracy, onnx_accuracy
 
 EXAMPLE_ROWS = 4  # rows that the exporter traces and the verifier compares
+LOGITS, TEMPERATURE = 0.9, 2.0  # of the teacher's part in the loss; measured in docs/results.md
 
 
 @dataclass
@@ -30,7 +35,7 @@ class FinetuneResult:
 
     Attributes:
         accuracy: share of the evaluation rows, by stage: before_pruning, after_pruning, after_shrink, onnx.
-        parameters: number of parameters, by stage: dense, shrunk.
+        parameters: number of parameters, by stage: dense, fewer_layers, shrunk.
         files: the artefacts, by stage.
         notes: what was left out, and why.
         sparsity: the sparsifier's report; empty for dense training.
@@ -69,8 +74,14 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     set_seed(config.train.seed)  # the new head's weights
     classifier = load_classifier(config.model, data, config.data.max_length)
     result = FinetuneResult(parameters={"dense": count_parameters(classifier.model)})
+    distillation = None
+    if config.method.teacher:
+        distillation = Distillation(load_teacher(config.method.teacher, data, classifier.model), TEMPERATURE, LOGITS)
+    if config.method.layers:
+        classifier = replace(classifier, model=fewer_layers(classifier.model, config.method.layers))
+        result.parameters["fewer_layers"] = count_parameters(classifier.model)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _train_and_prune(config, classifier, scratch, result)
+        trainer = _train_and_prune(config, classifier, distillation, scratch, result)
         _save_checkpoint(config, classifier, result)
         small = _shrunk(config, trainer, classifier, result)
         _export(config, trainer, classifier, small, result)
@@ -112,12 +123,33 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _train_and_prune(config: FinetuneConfig, classifier: Classifier, scratch: str, result: FinetuneResult) -> Trainer:
+@contextmanager
+def _taught(trainer: Trainer, model: nn.Module, distillation: Distillation | None) -> Iterator[None]:
+    """What the callback does for training with a recipe, for one without."""
+    if distillation is None:
+        yield
+        return
+    teaching = Teaching(distillation)
+    teaching.begin(model, resumed=False, autocast=autocast(trainer.args))
+    try:
+        yield
+    finally:
+        teaching.end()
+
+
+def _train_and_prune(
+    config: FinetuneConfig,
+    classifier: Classifier,
+    distillation: Distillation | None,
+    scratch: str,
+    result: FinetuneResult,
+) -> Trainer:
     """Train, measure the dense and the pruned model, and bake the masks in."""
     recipe = config.method.build()
     if recipe is None:
         trainer = make_trainer(classifier, config.train, scratch)
-        trainer.train()
+        with _taught(trainer, classifier.model, distillation):
+            trainer.train()
         result.accuracy["before_pruning"] = model_accuracy(trainer, classifier.model)
         return trainer
     callback = TargetedDropoutCallback(
@@ -126,6 +158,7 @@ def _train_and_prune(config: FinetuneConfig, classifier: Classifier, scratch: st
         seed=config.train.seed,
         recipe_steps=config.method.ramp,
         squash=False,
+        distillation=distillation,
     )
     trainer = make_trainer(classifier, config.train, scratch, [callback])
     trainer.train()

@@ -46,6 +46,8 @@ def finetune(
     sparsity_level: Annotated[float, typer.Option(help="γ in [0, 1), the share to prune.")] = 0.5,
     drop_rate: Annotated[float, typer.Option(help="α in [0, 1): 0 trains densely and prunes at the end.")] = 0.99,
     ramp: Annotated[float, typer.Option(help="Share of the run after which a ramping recipe is at γ and α.")] = 0.5,
+    layers: Annotated[int, typer.Option(min=0, help="Keep so many evenly chosen layers; 0 = all.")] = 0,
+    teacher: Annotated[str, typer.Option(help="A fine-tuned classifier to learn from: directory or hub id.")] = "",
     epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak of the linear decay.")] = 5e-5,
@@ -58,7 +60,7 @@ def finetune(
     """Fine-tune a text or image classifier so that it can be pruned; prune, shrink and export it."""
     from td_plugin.integrations.config import DataConfig, FinetuneConfig, MethodConfig, TrainConfig
 
-    method = MethodConfig(recipe.value, sparsity_level, drop_rate, ramp)
+    method = MethodConfig(recipe.value, sparsity_level, drop_rate, ramp, layers, teacher)
     train = TrainConfig(epochs, batch_size, learning_rate, seed, bf16)
     data = DataConfig(dataset, validation, text_column, image_column, label_column, max_length, max_train_samples)
     config = FinetuneConfig(model, data, output, method, train)

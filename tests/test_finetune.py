@@ -88,6 +88,66 @@ class TestText:
         assert "nothing to shrink" in str(result)
 
 
+@pytest.fixture
+def dense(text_encoder: Path, reviews: Path, tmp_path: Path) -> Path:
+    """A classifier fine-tuned on the reviews."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(text_encoder)
+    data = load_data(DataConfig(str(reviews)))
+    model.config.id2label = dict(enumerate(data.labels))
+    model.config.label2id = {label: index for index, label in enumerate(data.labels)}
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(text_encoder).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+class TestTeacher:
+    def test_fewer_layers_learn_from_the_dense_model(self, dense: Path, reviews: Path, tmp_path: Path) -> None:
+        method = MethodConfig(sparsity_level=0.5, layers=1, teacher=str(dense))
+        result = finetune(FinetuneConfig(str(dense), DataConfig(str(reviews)), tmp_path / "run", method, TRAIN))
+        parameters = result.parameters
+        assert parameters["shrunk"] < parameters["fewer_layers"] < parameters["dense"]
+        small = load_pretrained(tmp_path / "run" / "shrunk")
+        assert len(small.bert.encoder.layer) == 1 and small.bert.encoder.layer[0].intermediate.dense.out_features == 64
+        assert result.accuracy["onnx"] == pytest.approx(result.accuracy["after_shrink"])
+
+    @pytest.mark.parametrize("recipe", ["none", "targeted_weight"])
+    def test_the_teacher_is_what_is_learned(self, recipe: str, dense: Path, reviews: Path, tmp_path: Path) -> None:
+        """With its head turned round the teacher says the opposite of the labels, and has nine tenths of the loss."""
+        teacher = BertForSequenceClassification.from_pretrained(dense)
+        with torch.no_grad():
+            teacher.classifier.weight.zero_()
+            teacher.classifier.bias.copy_(torch.tensor([-20.0, 20.0]))
+        teacher.save_pretrained(tmp_path / "stubborn")
+        method = MethodConfig(recipe, sparsity_level=0.1, teacher=str(tmp_path / "stubborn"))
+        config = FinetuneConfig(str(dense), DataConfig(str(reviews)), tmp_path / "run", method, TRAIN)
+        finetune(config)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "run" / ("dense" if recipe == "none" else "masked")
+        ).eval()
+        inputs = AutoTokenizer.from_pretrained(dense)(["good film", "bad"], padding=True, return_tensors="pt")
+        assert (model(**inputs).logits.argmax(-1) == 1).all()
+
+    def test_a_teacher_that_does_not_fit(self, dense: Path, text_encoder: Path, reviews: Path, tmp_path: Path) -> None:
+        def refused(teacher: Path, match: str) -> None:
+            method = MethodConfig(teacher=str(teacher))
+            with pytest.raises(td.TdError, match=match):
+                finetune(FinetuneConfig(str(dense), DataConfig(str(reviews)), tmp_path / "run", method, TRAIN))
+            assert not (tmp_path / "run").exists()
+
+        refused(text_encoder, r"teacher is no classifier; where: .*; got: \['BertModel'\]")
+        refused(tmp_path / "absent", "no such model directory")
+        model = BertForSequenceClassification.from_pretrained(dense)
+        turned = dict(enumerate(reversed([model.config.id2label[i] for i in range(2)])))
+        model.config.id2label, model.config.label2id = turned, {label: index for index, label in turned.items()}
+        model.save_pretrained(tmp_path / "turned")
+        refused(tmp_path / "turned", "other labels than the data set")
+        other = BertForSequenceClassification.from_pretrained(dense)
+        other.resize_token_embeddings(20, mean_resizing=False)
+        other.save_pretrained(tmp_path / "words")
+        refused(tmp_path / "words", "vocabulary is not the model's, which has 13; .*got: 20")
+
+
 def test_images(image_encoder: Path, tmp_path: Path) -> None:
     features = Features({"picture": Image(), "kind": ClassLabel(names=["dark", "light"])})
     pictures = [Pixels.new("L", (10, 10), 40 + 180 * (i % 2)) for i in range(24)]
@@ -177,6 +237,7 @@ class TestRefusedBeforeTraining:
             lambda: MethodConfig(sparsity_level=1.0),
             lambda: MethodConfig(drop_rate=-0.1),
             lambda: MethodConfig(ramp=0.0),
+            lambda: MethodConfig(layers=-1),
             lambda: TrainConfig(epochs=0),
             lambda: TrainConfig(batch_size=0),
         ],
