@@ -19,9 +19,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def fewer_layers(model: Model, keep: int | Sequence[int], *, container: str | None = None) -> Model:
     """A copy of `model` with some of its layers. It computes something else: train it, best with `model` as teacher.
 
-    Unlike `shrink`, which removes what is zero. Where much is to go, depth and width together go at a smaller loss than
-    width alone: `td_plugin.layerwise.depth_and_width` says how much of each. Source: DistilBERT starts from every other
-    layer of its teacher (Sanh et al. 2019, arXiv 1910.01108).
+    Unlike `shrink`, which removes what is zero. Where much is to go, less depth and less width together can cost less
+    than less width alone: `td_plugin.layerwise.depth_and_width` says how much of each. Source: DistilBERT starts from
+    every other layer of its teacher (Sanh et al. 2019, arXiv 1910.01108).
 
     Args:
         model: with its layers in one `nn.ModuleList` or `nn.Sequential`, as in transformers; it stays as it is.

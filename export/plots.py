@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from td_plugin.export.svg import COLOURS
 from td_plugin.files import staged_file
 
 Curve = Sequence[tuple[float, float]]
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one less than colours: 56 pairs until one comes again
 
 
 def plot_accuracy(
@@ -102,16 +103,20 @@ def plot_latency(report: LatencyReport, target: str | os.PathLike[str], *, title
 
 
 def _canvas(curves: Mapping[str, Curve], title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    crowded = len(curves) > 4
+    figure = Figure(figsize=(7.0, 4.2 + 0.14 * len(curves) * crowded), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
     axes.set_title(title, fontsize=11, loc="left")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#e0e0e0", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    if crowded:  # it would lie on the curves
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    else:
+        axes.legend(frameon=False, loc="lower left")
     return figure, axes
 
 

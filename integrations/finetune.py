@@ -26,7 +26,7 @@ from td_plugin.integrations.hf_settings import autocast
 from td_plugin.integrations.training import make_trainer, model_accuracy, onnx_accuracy
 
 EXAMPLE_ROWS = 4  # rows that the exporter traces and the verifier compares
-LOGITS, TEMPERATURE = 0.9, 2.0  # of the teacher's part in the loss; measured in docs/results.md
+LOGITS, TEMPERATURE = 0.9, 2.0  # of the teacher's part in the loss, as in docs/results.md
 
 
 @dataclass

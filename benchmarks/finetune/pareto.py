@@ -210,7 +210,9 @@ def report(task: Task, args: argparse.Namespace) -> None:
 
     latency = json.loads((task.output / "latency.json").read_text(encoding="utf-8"))
     dense, found = ([judged(run_) for run_ in group] for group in (teachers(task), chosen(task, args)))
-    conditions = {"title": args.title, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+    # Where files lie on this machine is nobody's business.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    conditions = {"title": args.title, "command": " ".join(["python", sys.argv[0], *words]), "torch": torch.__version__}
     print(write(args.name, {**conditions, "dense": dense, "runs": found, "latency": latency}, args.results))
 
 

@@ -15,11 +15,14 @@ from td_plugin.files import staged_file
 
 Run = dict[str, Any]
 
+OURS = ("targeted-kd", "shorter-targeted-kd")
+"""Methods whose quantized files are drawn, too."""
+
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in percent."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+    """Mean ± standard deviation, in percent; of one value the value."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
@@ -71,7 +74,7 @@ def curves(dense: Sequence[Run], runs: Sequence[Run], speedups: Mapping[str, Any
         if name in speedups:
             points = found.setdefault(ROWS[method].title, [origin])
             points.append((speedups[name]["median"], statistics.mean(run["test"] for run in group)))
-        if method == "targeted-kd" and f"{name} int8" in speedups:
+        if method in OURS and f"{name} int8" in speedups:
             start = (speedups["dense int8"]["median"], statistics.mean(run["test_int8"] for run in dense))
             points = found.setdefault(f"{ROWS[method].title}, int8", [start])
             points.append((speedups[f"{name} int8"]["median"], statistics.mean(run["test_int8"] for run in group)))
