@@ -28,9 +28,9 @@ import deploy_report
 import methods_report
 import overhead
 import overhead_report
+import pareto_report as finetune_report
 import reading
 import refresh_report
-import report as finetune_report
 import resnet
 import scale_report
 import sst2

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "finetune"))
 
 import pareto
-from memory import Remembering
+from pareto_memory import Remembering
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "finetune"
 ALL_STAGES = """

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 from convnet_runs import FULL, METHODS, QUICK, Found, Job, make
+from pareto_report import faster, spread
 from processes import in_processes
-from report import faster, spread
 
 from td_plugin.export import benchmark
 from td_plugin.export.plots import plot_tradeoff

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 import transformers
-from deploy import judge, latencies
-from methods import OPTIONS, ROWS
+from pareto_deploy import judge, latencies
+from pareto_methods import OPTIONS, ROWS
 from pareto_options import parse
-from report import write
-from tasks import Task, Training, accuracy, pretrained
+from pareto_report import write
+from pareto_tasks import Task, Training, accuracy, pretrained
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from td_plugin.export import save_pretrained

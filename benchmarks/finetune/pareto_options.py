@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods import OPTIONS, ROWS
+from pareto_methods import OPTIONS, ROWS
 
 LEVELS = (0.5, 0.75, 0.875)
 RATES = (1e-4, 2e-4, 4e-4)

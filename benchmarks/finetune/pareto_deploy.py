@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Task, accuracy
+from pareto_tasks import Task, accuracy
 from transformers import PreTrainedModel
 
 from td_plugin.export import benchmark, load_pretrained, quantize, to_onnx, verify

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tasks import Task, Training
+from pareto_tasks import Task, Training
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import ROWS
+from pareto_methods import ROWS
 
 from td_plugin.export.plots import plot_tradeoff
 from td_plugin.files import staged_file

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import Remembering
+from pareto_memory import Remembering
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, set_seed
 
