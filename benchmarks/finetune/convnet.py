@@ -28,6 +28,7 @@ import torch
 from convnet_runs import FULL, METHODS, QUICK, Found, Job, make
 from pareto_report import faster, spread
 from processes import in_processes
+from provenance import command, commit
 
 from td_plugin.export import benchmark
 from td_plugin.export.plots import plot_tradeoff
@@ -158,8 +159,8 @@ def report(args: argparse.Namespace) -> str:
     latency = json.loads((args.output / "latency.json").read_text(encoding="utf-8"))
     budget = {key: value for key, value in asdict(args.budget).items() if key != "strengths"}
     about = {"title": f"CIFAR-10, residual network, {'full' if args.full else 'quick'}", "torch": torch.__version__}
-    command = " ".join(["python", *sys.argv])
-    found = {**about, "command": command, "budget": budget, **results(args), "latency": latency}
+    made_by = {"command": command("benchmarks/finetune/convnet.py", args.words), "commit": commit()}
+    found = {**about, **made_by, "budget": budget, **results(args), "latency": latency}
     args.results.mkdir(parents=True, exist_ok=True)
     with staged_file(args.results / f"{args.name}.json") as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -191,6 +192,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--name", help="of the report's files; default: convnet_quick or _full")
     args = parser.parse_args(arguments)
+    args.words = sys.argv[1:] if arguments is None else arguments
     if args.stage in ("train", "all") and not (args.train and args.test):
         parser.error("--train and --test are needed")
     size = "full" if args.full else "quick"

@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,11 @@ import torch
 from decoder_models import FULL, QUICK, ROWS, Job, make
 from decoder_report import Run, write
 from decoder_time import measure
-from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent / "reproduce"))
+
+from processes import in_processes
+from provenance import command, commit
 
 LEVELS = (0.5, 0.75)
 
@@ -65,25 +66,8 @@ def train(args: argparse.Namespace) -> None:
     if missing:
         missing[0].text()  # the vocabulary is learned once, before several processes want it
     # One shot starts from dense models: when those are there.
-    stages = [[job for job in missing if (job.method == "magnitude") == last] for last in (False, True)]
-    with tqdm(total=len(missing), desc="models", file=sys.stderr, mininterval=2.0) as bar:
-        for stage in stages:
-            for _ in _made(stage, args.jobs):
-                bar.update()
-
-
-def _made(wanted: Sequence[Job], processes: int) -> Iterator[None]:
-    """One by one here, or several at once in processes of their own."""
-    if processes == 1:
-        for job in wanted:
-            yield make(job)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(make, job) for job in wanted]):
-            if error := done.exception():
-                pool.shutdown(cancel_futures=True)
-                raise error
-            yield
+    for last, what in ((False, "models"), (True, "one shot")):
+        in_processes(make, [(job,) for job in missing if (job.method == "magnitude") == last], args.jobs, what)
 
 
 def time(args: argparse.Namespace) -> None:
@@ -106,21 +90,13 @@ def report(args: argparse.Namespace) -> None:
     tokens = {"train": len(text.train), "test": len(text.test), "vocabulary": text.vocabulary}
     found: dict[str, Any] = {
         "command": args.command,
-        "commit": _commit(),
+        "commit": commit(),
         "settings": asdict(args.settings),
         "tokens": tokens,
         "runs": [{key: value for key, value in run.items() if key != "settings"} for run in runs],
         "time": json.loads(kept.read_text(encoding="utf-8")),
     }
     print(write(args.name, found, args.results))
-
-
-def _commit() -> str:
-    where = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=where
-    )
-    return done.stdout.strip()
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -154,7 +130,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.settings = replace(FULL if args.full else QUICK, **changes)
     files = {args.train, args.test}
     words = [Path(word).name if word in files else word for word in (sys.argv[1:] if arguments is None else arguments)]
-    args.command = " ".join(["python benchmarks/finetune/decoder.py", *words])
+    args.command = command("benchmarks/finetune/decoder.py", words)
     return args
 
 

@@ -39,6 +39,7 @@ from td_plugin.files import staged_directory
 sys.path.append(str(Path(__file__).parent.parent / "reproduce"))
 
 from processes import in_processes
+from provenance import command, commit
 
 Call = tuple[str, float, int, float]
 """Method, γ, seed, learning rate."""
@@ -210,9 +211,8 @@ def report(task: Task, args: argparse.Namespace) -> None:
 
     latency = json.loads((task.output / "latency.json").read_text(encoding="utf-8"))
     dense, found = ([judged(run_) for run_ in group] for group in (teachers(task), chosen(task, args)))
-    # Where files lie on this machine is nobody's business.
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    conditions = {"title": args.title, "command": " ".join(["python", sys.argv[0], *words]), "torch": torch.__version__}
+    made_by = {"command": command("benchmarks/finetune/pareto.py", sys.argv[1:]), "commit": commit()}
+    conditions = {"title": args.title, **made_by, "torch": torch.__version__}
     print(write(args.name, {**conditions, "dense": dense, "runs": found, "latency": latency}, args.results))
 
 

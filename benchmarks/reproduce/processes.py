@@ -12,8 +12,15 @@ from tqdm import tqdm
 
 
 def in_processes(make: Callable[..., object], calls: Sequence[tuple[Any, ...]], processes: int, label: str) -> None:
-    """Call `make` with each of `calls`, so many at once, under a bar; the first error ends what has not begun."""
+    """Call `make` with each of `calls`, so many at once, under a bar; the first error ends what has not begun.
+
+    With one process that is this one.
+    """
     if not calls:
+        return
+    if processes == 1:
+        for call in tqdm(calls, desc=label, file=sys.stderr, mininterval=2.0):
+            make(*call)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(make, *call) for call in calls]

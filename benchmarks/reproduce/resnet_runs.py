@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from processes import in_processes
+from provenance import commit
 from resnet_images import Images, load
 from resnet_judge import Tensors, Verdict, dense, judge, pruned
 from resnet_network import Shape, build
@@ -141,14 +141,6 @@ def _under(recipe: td.Recipe, level: float, mask: EvalMask, weights: Tensors, sh
     sparsifier = td.TargetedDropout(recipe, level, eval_mask=mask)
     prepare(sparsifier, model)
     return judge(model.to(images.test.device), images)
-
-
-def commit() -> str:
-    """Of the working tree, shortened; empty where there is none."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip()
 
 
 def run_all(jobs: list[Job], processes: int, minutes: float) -> None:

@@ -41,8 +41,9 @@ from pathlib import Path
 
 import torch
 from processes import in_processes
+from provenance import commit
 from resnet_report import TENTHS, write
-from resnet_runs import Found, commit
+from resnet_runs import Found
 from transformers import MarianMTModel, Seq2SeqTrainer, TrainerCallback
 from translation_report import render
 from translation_task import (
