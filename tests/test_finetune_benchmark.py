@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "finetune")
 
 import pareto
 from pareto_memory import Remembering
+from pareto_report import joined, table
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "finetune"
 ALL_STAGES = """
@@ -53,6 +54,23 @@ def test_runs_with_options_are_no_part_of_the_comparison() -> None:
     run = {"method": "targeted-kd", "level": 0.5, "seed": 0, "epochs": 1.0, "learning_rate": 1e-4}
     assert pareto.ordinary(run)
     assert not pareto.ordinary({**run, "ramp": 0.3}) and not pareto.ordinary({**run, "criterion": "taylor"})
+
+
+def test_another_seed_is_added_to_a_report() -> None:
+    def run(seed: int, test: float, method: str = "targeted-kd") -> dict[str, object]:
+        numbers = {"test": test, "test_int8": test, "held_out": test, "parameters": 10**6}
+        return {"method": method, "level": 0.5, "seed": seed, "name": f"{method}-s{seed}", **numbers}
+
+    speed = {"median": 2.0, "low": 1.9, "high": 2.1}
+    times = {"sequence": 64, "speedups": {"targeted-kd-s0": speed}}
+    dense = [{**run(seed, 0.9, "teacher"), "level": 0.0} for seed in (0, 1)]
+    first = {"command": "a", "commit": "b", "dense": dense[:1], "runs": [run(0, 0.8)], "latency": times}
+    both = joined(first, {"command": "c", "commit": "d", "dense": dense[1:], "runs": [run(0, 0.82), run(1, 0.86)]})
+    assert both["earlier"] == [{"command": "a", "commit": "b"}] and both["command"] == "c"
+    text = table(both["dense"], both["runs"], both["latency"]["speedups"])
+    assert "| 84.0 ± 2.8 | +6.0 | 2.00 [1.90, 2.10] |" in text, "the newer run of seed 0, and the speed measured before"
+    with pytest.raises(SystemExit, match="64 tokens before, at 32 now"):
+        joined(first, {"dense": [], "runs": [], "latency": {"sequence": 32, "speedups": {}}})
 
 
 @pytest.mark.slow

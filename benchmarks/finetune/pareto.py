@@ -7,10 +7,12 @@
     python benchmarks/finetune/pareto.py report
 
 `teach` fine-tunes the dense model of every seed. Every method starts from it and has the same further steps. `search`
-tries the learning rates for every method at one γ, on rows held out of the training data; `train` makes the runs of all
-levels and seeds with the best of them. Both skip what is on disk, so they can be stopped at any moment; `--jobs` makes
-several at once. `deploy` judges on the test rows, which nothing was chosen by, exports, verifies, quantizes and times.
-`report` writes docs/results/. `run` makes one run with options of its own.
+tries the learning rates for every method at one γ, on rows held out of the training data (one that is given alone is
+taken as it is); `train` makes the runs of all levels and seeds with the best of them. Both skip what is on disk: they
+can be stopped at any moment; `--jobs` makes several at once. `deploy` judges on the test rows, which nothing was chosen
+by, exports, verifies, quantizes and times. `report` writes docs/results/, with `--add` beside what is there of other
+seeds: a comparison can be made seed by seed, on machines that keep nothing. `run` makes one run with options of its
+own.
 """
 
 from __future__ import annotations
@@ -146,7 +148,9 @@ def ordinary(found: dict[str, Any]) -> bool:
 
 
 def best_rate(task: Task, args: argparse.Namespace, method: str) -> float:
-    """The learning rate that was best on the held-out rows."""
+    """The learning rate that was best on the held-out rows; the one that is given, if it is one."""
+    if len(args.rates) == 1:
+        return float(args.rates[0])
     level = 0.0 if method.startswith("dense") else args.searched
     wanted = {"method": method, "level": level, "seed": 0, "epochs": args.epochs}
     tried = [found for found in runs(task) if wanted.items() <= found.items() and ordinary(found)]
@@ -198,8 +202,8 @@ def deploy(task: Task, args: argparse.Namespace) -> None:
     for run_ in (*dense, *found):
         judge(task, Path(run_["directory"]))
     first = [Path(run_["directory"]) for run_ in found if run_["seed"] == 0]
-    base = Path(next(run_["directory"] for run_ in dense if run_["seed"] == 0))
-    latencies(task, first, base, args.sequence, args.rounds)
+    for base in (Path(run_["directory"]) for run_ in dense if run_["seed"] == 0):
+        latencies(task, first, base, args.sequence, args.rounds)
 
 
 def report(task: Task, args: argparse.Namespace) -> None:
@@ -209,11 +213,13 @@ def report(task: Task, args: argparse.Namespace) -> None:
         deployed = json.loads((Path(run_["directory"]) / "deployed.json").read_text(encoding="utf-8"))
         return {key: value for key, value in {**run_, **deployed}.items() if key != "directory"}
 
-    latency = json.loads((task.output / "latency.json").read_text(encoding="utf-8"))
-    dense, found = ([judged(run_) for run_ in group] for group in (teachers(task), chosen(task, args)))
+    timed, groups = task.output / "latency.json", {"dense": teachers(task), "runs": chosen(task, args)}
+    found: dict[str, Any] = {key: [judged(run_) for run_ in group] for key, group in groups.items()}
+    if timed.exists():
+        found["latency"] = json.loads(timed.read_text(encoding="utf-8"))
     made_by = {"command": command("benchmarks/finetune/pareto.py", sys.argv[1:]), "commit": commit()}
     conditions = {"title": args.title, **made_by, "torch": torch.__version__}
-    print(write(args.name, {**conditions, "dense": dense, "runs": found, "latency": latency}, args.results))
+    print(write(args.name, {**conditions, **found}, args.results, add=args.add))
 
 
 def quietly(args: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--name", default="finetune_sst2", help="of the report's files, without suffix")
     parser.add_argument("--title", default="SST-2, MiniLM", help="of the report's plot")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the report goes")
+    parser.add_argument("--add", action="store_true", help="to the runs of other seeds that the report holds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each in a process")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     args = parser.parse_args()

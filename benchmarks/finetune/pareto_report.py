@@ -89,14 +89,33 @@ def render(found: Mapping[str, Any], picture: Path) -> str:
     return table(dense, runs, latency["speedups"])
 
 
-def write(name: str, found: Mapping[str, Any], target: Path) -> str:
+def joined(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """One report of two: where both have a run, or a speed-up, `found` has the say."""
+    runs = {}
+    for key in ("dense", "runs"):
+        named = {(run["method"], run["level"], run["seed"]): run for run in (*earlier[key], *found[key])}
+        runs[key] = list(named.values())
+    latency = {**earlier["latency"], **found.get("latency", {})}
+    if latency["sequence"] != earlier["latency"]["sequence"]:
+        raise SystemExit(f"timed at {earlier['latency']['sequence']} tokens before, at {latency['sequence']} now")
+    latency["speedups"] = earlier["latency"]["speedups"] | latency["speedups"]
+    made = [*earlier.get("earlier", []), {key: earlier.get(key, "") for key in ("command", "commit")}]
+    return {**earlier, **found, **runs, "latency": latency, "earlier": made}
+
+
+def write(name: str, found: Mapping[str, Any], target: Path, *, add: bool = False) -> str:
     """Put JSON, Markdown and PNG in place; the table is returned.
 
     Args:
         name: of the files.
-        found: `title`, `command`, `dense` and `runs` (results with their test accuracies), `latency`.
+        found: `title`, `command`, `commit`, `dense` and `runs` (results with their test accuracies), `latency`.
         target: folder.
+        add: to what is there.
     """
+    if add:
+        found = joined(json.loads((target / f"{name}.json").read_text(encoding="utf-8")), found)
+    elif "latency" not in found:
+        raise SystemExit("no speed has been measured: run the stage 'deploy' with seed 0 first")
     with staged_file(target / f"{name}.json") as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = render(found, target / f"{name}.png")
