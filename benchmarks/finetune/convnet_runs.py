@@ -19,9 +19,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import td_plugin as td
+from td_plugin import budget
 from td_plugin.export import shrink, to_onnx, verify
 from td_plugin.files import staged_directory
 from td_plugin.granularity import Units
+from td_plugin.structure import survey
+from td_plugin.widths import runtime_width
 
 sys.path.append(str(Path(__file__).parent.parent / "reproduce"))  # its network, pictures and judge
 
@@ -93,6 +96,7 @@ class Job:
         return (self.folder / "result.json").exists()
 
 
+CHANNELS = Units(("channels",))
 Method = Callable[[Job, nn.Module, Images], nn.Module]
 """``(job, trained network, pictures) -> smaller network``."""
 
@@ -134,16 +138,24 @@ def example(images: Images) -> dict[str, torch.Tensor]:
     return {"x": standardised(images.test[:2])}
 
 
+def kept(width: int, level: float) -> int:
+    """The channels that stay of `width`: whole blocks of onnxruntime's, so that none of them is there for nothing."""
+    return runtime_width("channels", width - int(level * width), width)
+
+
 def masked(recipe: td.Recipe, *, trained: bool = True) -> Method:
     """Training under a sparsifier, or its mask at once, then `shrink`."""
 
     def run(job: Job, dense: nn.Module, images: Images) -> nn.Module:
+        inputs = example(images)
+        structure, wanted = survey(dense, example_inputs=inputs), budget.Budget(job.level)
+        found = budget.widths(dense, structure, wanted, granularity=CHANNELS)
         sparsifier = td.TargetedDropout(recipe, job.level, seed=job.seed)
-        sparsifier.prepare(dense, example_inputs=example(images))
+        sparsifier.prepare(dense, found.config(), example_inputs=inputs)
         if trained:
             fit(job, dense, images, job.budget.epochs, sparsifier)
         sparsifier.squash_mask()
-        return shrink(dense.eval(), example_inputs=example(images))
+        return shrink(dense.eval(), example_inputs=inputs)
 
     return run
 
@@ -156,8 +168,8 @@ def unpruned(job: Job, dense: nn.Module, images: Images) -> nn.Module:
 def narrower(job: Job, dense: nn.Module, images: Images) -> nn.Module:
     """A network as wide as the pruned ones, from random weights, for the steps of both trainings together."""
     shape = job.budget.settings.shape
-    kept = [width - int(job.level * width) for width in (shape.stem, *shape.widths)]
-    model = build(replace(shape, stem=kept[0], widths=tuple(kept[1:])), job.seed).to(job.device)
+    stem, *others = [kept(width, job.level) for width in (shape.stem, *shape.widths)]
+    model = build(replace(shape, stem=stem, widths=tuple(others)), job.seed).to(job.device)
     return fit(job, model, images, job.budget.settings.epochs + job.budget.epochs)
 
 
@@ -165,11 +177,13 @@ def torch_pruning(job: Job, dense: nn.Module, images: Images) -> nn.Module:
     """Torch-Pruning (Fang et al., arXiv 2301.12900), one shot by group norm, then the same steps."""
     import torch_pruning as tp
 
+    sizes = {module: module.out_channels for module in dense.modules() if isinstance(module, nn.Conv2d)}
+    removed = {module: size - kept(size, job.level) for module, size in sizes.items()}
     pruner = tp.pruner.BasePruner(
         dense,
         example(images)["x"],
         importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=job.level,
+        pruning_ratio_dict={key: max(removed[key] - 0.5, 0) / size for key, size in sizes.items()},  # it rounds up
         ignored_layers=[dense.classifier],
     )
     pruner.step()
@@ -193,7 +207,6 @@ class Row:
     needs: str = ""
 
 
-CHANNELS = Units(("channels",))
 METHODS = {
     "trained-on": Row("dense, trained on", unpruned),
     "targeted": Row("targeted dropout", masked(td.recipes.ramping_targeted_unit(kinds=("channels",)))),
